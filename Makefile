@@ -1,0 +1,61 @@
+# The commands of the README. Each makes its own .venv first where it is missing.
+#   make demo   post-train the shipped base model, from a notebook (the main job)
+#   make test   every test;  make check  the quick ones (under 5 minutes)
+#   make lab    JupyterLab on notebooks/;  make lint  format and contracts;  make lock  resolve the pins again
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN     = $(VENV)/bin
+STAMP   = $(VENV)/.installed
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+export WANDB_MODE ?= offline
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: setup demo test check lab lint format lock hooks clean
+
+setup: $(STAMP)
+
+# requirements.lock is the whole resolved set, so nothing is resolved here: --no-deps, quick and always the same.
+$(STAMP): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "error: $(PYTHON) is missing or older than 3.11: name a newer one, as in make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile -r requirements.lock
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --no-compile -e .
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/lab notebook 10_sft
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+check: $(STAMP)
+	$(BIN)/python -m pytest tests -m "not slow"
+
+lab: $(STAMP)
+	$(BIN)/jupyter lab --notebook-dir=notebooks --ip=127.0.0.1 --LabApp.news_url=None \
+	    --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check .
+	$(BIN)/lint-imports
+	$(BIN)/nbstripout --verify notebooks/*.ipynb
+
+format: $(STAMP)
+	$(BIN)/ruff format . && $(BIN)/ruff check --fix .
+	$(BIN)/nbstripout notebooks/*.ipynb
+
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --quiet $$(sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+	.venv-lock/bin/python tools/lock.py
+	rm -rf .venv-lock
+
+# Once per clone: notebooks are stripped of their outputs as they are committed.
+hooks: $(STAMP)
+	$(BIN)/nbstripout --install
+
+clean:
+	rm -rf $(VENV) .venv-lock build *.egg-info

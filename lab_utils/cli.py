@@ -1,0 +1,81 @@
+"""``lab``: the command line. Verbs live in their packages' ``commands.py``; this file only hangs them up.
+
+Start-up imports neither torch nor colossalai, so ``lab --help`` answers in well under a second on a login node. A
+command that fails prints one sentence on standard error and exits non-zero; ``lab --debug ...`` shows the traceback.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from lab_utils.errors import LabError
+
+# verb -> (module, attribute): a typer app becomes a group, a function a plain verb.
+VERBS = {
+    "run": ("lab_utils.runs.commands", "run_command"),
+    "runs": ("lab_utils.runs.commands", "app"),
+    "recipe": ("lab_utils.recipes._commands", "app"),
+    "data": ("lab_utils.data.commands", "app"),
+    "model": ("lab_utils.models.commands", "app"),
+    "audit": ("lab_utils.engine.commands", "audit"),
+    "export": ("lab_utils.engine.commands", "export"),
+    "eval": ("lab_utils.evaluation.commands", "evaluate"),
+    "bench": ("lab_utils.bench.commands", "app"),
+    "notebook": ("lab_utils.panels.commands", "notebook"),
+}
+
+app = typer.Typer(
+    help="Ascent: full-parameter post-training of DeepSeek-V4-class models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def _root(debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error.")) -> None:
+    """Options that stand before the verb."""
+
+
+def _mount() -> None:
+    for verb, (module, attribute) in VERBS.items():
+        target = getattr(importlib.import_module(module), attribute)
+        if isinstance(target, typer.Typer):
+            app.add_typer(target, name=verb)
+        else:
+            # `lab notebook` passes -p key value pairs on as they are.
+            settings = getattr(target, "context_settings", None)
+            app.command(verb, context_settings=settings)(target)
+
+
+def main() -> None:
+    """The entry point of the console script."""
+    debug = "--debug" in sys.argv
+    if debug:
+        sys.argv.remove("--debug")
+    _mount()
+    try:
+        app()
+    except LabError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, MemoryError) as error:
+        if debug:
+            raise
+        print(
+            f"error: {type(error).__name__}: {error}; run again with --debug for the traceback.",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Figures for a notebook or a report, drawn with seaborn from a run's own files.
+
+Every function returns a matplotlib Figure and closes it in pyplot, so a notebook shows it once. matplotlib and seaborn
+take seconds to import and are imported late.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from lab_utils.panels.layout import OVERVIEW, PANELS, Panel
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+INK, MUTED, GRID = "#1f2933", "#7b8794", "#e4e7eb"
+SERIES = ("#2f6fde", "#e4572e", "#3aa17e", "#8d6cab", "#c9a227", "#5c6b7a")
+BEFORE, AFTER = "#b8c2cc", "#2f6fde"
+
+
+def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figure, Any]:
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(
+        context="paper",
+        style="whitegrid",
+        rc={
+            "axes.edgecolor": GRID,
+            "grid.color": GRID,
+            "axes.labelcolor": MUTED,
+            "xtick.color": MUTED,
+            "ytick.color": MUTED,
+            "text.color": INK,
+            "axes.titleweight": "semibold",
+            "axes.titlelocation": "left",
+            "axes.titlesize": 10,
+            "axes.labelsize": 8.5,
+            "figure.dpi": 110,
+            "savefig.dpi": 150,
+        },
+    )
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False, layout="constrained")
+    plt.close(figure)
+    return figure, axes
+
+
+def _label(key: str) -> str:
+    """`eval/loss` → 'eval', `perf/time/optimizer` → 'optimizer': what tells the lines of one panel apart."""
+    head, _, leaf = key.partition("/")
+    return leaf.rpartition("/")[2].replace("_", " ") if head in ("perf", "chip", "mem", "moe") else head
+
+
+def draw_panel(ax: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
+    """One panel of the layout on ``ax``; ``metrics`` is ``Run.metrics()``, indexed by step."""
+    keys = [key for key in panel.keys if key in metrics and metrics[key].notna().any()]
+    ax.set_title(panel.title)
+    ax.set_ylabel(panel.unit)
+    if not keys:
+        ax.text(
+            0.5, 0.5, "not logged in this run", ha="center", va="center", transform=ax.transAxes, color=MUTED
+        )
+        ax.set(xticks=[], yticks=[])
+        return
+    if panel.kind == "area":
+        filled = metrics[keys].fillna(0.0) * panel.scale
+        ax.stackplot(
+            filled.index, filled.T.values, labels=[_label(k) for k in keys], colors=SERIES, linewidth=0
+        )
+    for color, key in zip(SERIES, keys) if panel.kind != "area" else ():
+        series = metrics[key].dropna() * panel.scale
+        if key.startswith("eval/"):
+            ax.plot(series.index, series, "o-", color=color, markersize=4, label=_label(key))
+            continue
+        smooth = len(series) > 40
+        ax.plot(
+            series.index, series, color=color, linewidth=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1.0
+        )
+        if smooth:
+            series = series.ewm(span=max(len(series) // 20, 5)).mean()
+        ax.plot(series.index, series, color=color, linewidth=1.6, label=_label(key))
+    if panel.kind == "log":
+        ax.set_yscale("log")
+    elif panel.title != "Alignment loss":
+        ax.set_ylim(bottom=0)
+    if len(keys) > 1:
+        ax.legend(frameon=False, fontsize=7.5, loc="best")
+    ax.margins(x=0.01)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def overview(metrics: pd.DataFrame, title: str = "") -> Figure:
+    """The page that tells how a run went: loss, accuracy, speed, utilisation, stability.
+
+    Args:
+        metrics: ``Run.metrics()``: one row a logged step, columns as in docs/metrics.md.
+        title: usually the run's name.
+    """
+    chosen = [panel for name in OVERVIEW for panel in PANELS if panel.title == name]
+    figure, axes = _canvas(3, 3, 11, 7.6)
+    for ax, panel in zip(axes.flat, chosen):
+        draw_panel(ax, metrics, panel)
+    for ax in axes[-1]:
+        ax.set_xlabel("optimizer step")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+def before_after(report: dict) -> Figure:
+    """Exact match by task family, before and after training.
+
+    Args:
+        report: ``report.json`` of a run: ``exact_match.before``, ``.after`` in 0–1, ``by_family``.
+    """
+    families = sorted(report["by_family"], key=lambda f: report["by_family"][f]["after"])
+    figure, axes = _canvas(1, 1, 8.5, 0.46 * len(families) + 1.5)
+    ax = axes[0, 0]
+    for y, family in enumerate(families):
+        row = report["by_family"][family]
+        before, after = 100 * row["before"], 100 * row["after"]
+        ax.plot([before, after], [y, y], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
+        ax.scatter(before, y, s=52, color=BEFORE, zorder=2, label="before" if y == 0 else None)
+        ax.scatter(after, y, s=52, color=AFTER, zorder=3, label="after" if y == 0 else None)
+        ax.annotate(f"{after:.0f}", (after, y), (8, 0), textcoords="offset points", va="center", fontsize=8.5)
+    ax.set_yticks(
+        range(len(families)), [f"{f.replace('_', ' ')}  (n={report['by_family'][f]['n']})" for f in families]
+    )
+    ax.set(xlim=(-3, 108), xlabel="exact match on the held-out test split, %")
+    total = report["exact_match"]
+    ax.set_title(
+        f"Answers before and after: {100 * total['before']:.1f} % → {100 * total['after']:.1f} % of {report['n']}"
+    )
+    ax.legend(frameon=False, loc="lower right", ncols=2, bbox_to_anchor=(1, 1.0))
+    ax.grid(axis="y", visible=False)
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def weight_changes(audit: dict) -> Figure:
+    """How far each tensor moved, by component: ‖W_after - W_before‖ / ‖W_before‖.
+
+    Args:
+        audit: the result of ``lab audit RUN --json``; ``by_tensor`` has ``name`` and ``relative_change``.
+    """
+    import seaborn as sns
+
+    rows = [
+        (component_of(t["name"]), t["relative_change"]) for t in audit["by_tensor"] if t["relative_change"]
+    ]
+    order = sorted({component for component, _ in rows})
+    figure, axes = _canvas(1, 1, 8.5, 0.36 * len(order) + 1.3)
+    ax = axes[0, 0]
+    sns.stripplot(
+        x=[100 * change for _, change in rows],
+        y=[component for component, _ in rows],
+        order=order,
+        ax=ax,
+        color=SERIES[0],
+        size=5,
+        alpha=0.65,
+        jitter=0.2,
+    )
+    ax.set_xscale("log")
+    ax.set(xlabel="relative change of a tensor, %", ylabel="")
+    ax.set_title(f"Every dot is a weight tensor: {audit['changed']} of {audit['tensors']} changed")
+    ax.spines[["top", "right", "left"]].set_visible(False)
+    return figure
+
+
+def component_of(name: str) -> str:
+    """The part of a DeepSeek-V4 that a parameter belongs to, from its transformers name."""
+    for part, marks in (
+        ("indexer", ("indexer",)),
+        ("compressor", ("compressor",)),
+        ("hyper-connections", ("attn_hc", "ffn_hc", "hc_head")),
+        ("routed experts", ("mlp.experts",)),
+        ("shared expert", ("shared_experts",)),
+        ("router", ("mlp.gate",)),
+        ("norms", ("norm",)),
+        ("attention", ("self_attn",)),
+        ("embedding", ("embed_tokens",)),
+        ("head", ("lm_head",)),
+    ):
+        if any(mark in name for mark in marks):
+            return part
+    return "other"
+
+
+def packed_rows(document_ids_BT: Any, loss_weights_BT: Any) -> Figure:
+    """Rows as the model sees them: one colour a document, dark where a token bears loss, white padding.
+
+    Args:
+        document_ids_BT: integers ``[B, T]``, -1 for padding.
+        loss_weights_BT: floats ``[B, T]``, 0 where a token bears no loss.
+    """
+    import numpy as np
+    import seaborn as sns
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    documents, weights = np.asarray(document_ids_BT), np.asarray(loss_weights_BT)
+    B, T = documents.shape
+    palette = np.array([to_rgb(color) for color in sns.color_palette("husl", 9)])
+    image = np.ones((B, T, 3))
+    inside = documents >= 0
+    image[inside] = palette[(documents[inside] * 4) % len(palette)]
+    image[inside & (weights == 0)] = 0.72 + 0.28 * image[inside & (weights == 0)]
+    image[inside & (weights > 0)] *= 0.85
+    figure, axes = _canvas(1, 1, 11, 0.34 * B + 1.2)
+    ax = axes[0, 0]
+    ax.imshow(image, aspect="auto", interpolation="nearest")
+    ax.set(xlabel="token in the row", ylabel="row", yticks=range(B))
+    ax.grid(visible=False)
+    share = 100 * (1 - inside.mean())
+    count = int((documents.max(axis=1) + 1).sum())
+    ax.set_title(f"{count} documents packed into {B} rows of {T} tokens, {share:.1f} % padding")
+    ax.legend(
+        handles=[Patch(color="#bcd4c6", label="read only"), Patch(color="#3d7a5a", label="bears loss")],
+        frameon=False,
+        fontsize=8,
+        loc="lower right",
+        bbox_to_anchor=(1, 1.0),
+        ncols=2,
+    )
+    return figure

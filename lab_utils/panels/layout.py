@@ -1,0 +1,77 @@
+"""The dashboard as data: which metrics stand together, under which title, in which section.
+
+Figures (``panels/figures.py``), the workspace of W&B and the live view draw from this one list. Units and meanings are
+those of ``telemetry/names.py``; imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SECTIONS = ("Overview", "Alignment", "Throughput", "Chips", "Stability", "MoE", "Rollouts", "Evaluation")
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One chart.
+
+    Attributes:
+        title: what a reader sees above it.
+        keys: metrics drawn as lines, in this order; those that a run didn't log are left out.
+        unit: label of the vertical axis.
+        section: one of ``SECTIONS``.
+        kind: ``line``, ``area`` (stacked parts of a whole) or ``log`` (logarithmic vertical axis).
+        scale: factor from the logged unit to the drawn one, as 100 for a share drawn in percent.
+    """
+
+    title: str
+    keys: tuple[str, ...]
+    unit: str
+    section: str
+    kind: str = "line"
+    scale: float = 1.0
+
+
+PANELS = (
+    Panel("Alignment loss", ("train/loss", "eval/loss"), "nat / token", "Alignment"),
+    Panel(
+        "Token accuracy",
+        ("train/mean_token_accuracy", "eval/mean_token_accuracy"),
+        "%",
+        "Alignment",
+        scale=100,
+    ),
+    Panel("Throughput", ("perf/tokens_per_s",), "tokens / s", "Throughput"),
+    Panel("Model FLOPs utilisation", ("perf/mfu",), "% of measured peak", "Throughput", scale=100),
+    Panel(
+        "Step time",
+        ("perf/time/data", "perf/time/forward_backward", "perf/time/optimizer", "perf/time/other"),
+        "s / step",
+        "Throughput",
+        kind="area",
+    ),
+    Panel("Chip utilisation", ("chip/util_mean", "chip/util_min"), "%", "Chips"),
+    Panel("Memory, worst rank", ("mem/allocated_peak",), "GiB", "Chips"),
+    Panel("Gradient norm", ("train/grad_norm",), "L2", "Stability", kind="log"),
+    Panel("Learning rate", ("train/learning_rate",), "1", "Stability"),
+    Panel("Indexer KL loss", ("train/indexer_kl",), "nat / query", "Stability"),
+    Panel("Steps skipped", ("train/skipped_steps",), "steps", "Stability"),
+)
+
+# The nine that tell how a run went, for a page of a report.
+OVERVIEW = (
+    "Alignment loss",
+    "Token accuracy",
+    "Throughput",
+    "Model FLOPs utilisation",
+    "Step time",
+    "Chip utilisation",
+    "Gradient norm",
+    "Learning rate",
+    "Indexer KL loss",
+)
+
+
+def panels(section: str | None = None) -> list[Panel]:
+    """The panels of a section, or all."""
+    return [panel for panel in PANELS if section in (None, panel.section)]
