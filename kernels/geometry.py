@@ -1,0 +1,181 @@
+"""Where documents, query blocks and compressed entries lie in packed rows ``[B, T]``.
+
+Attention works in query blocks of ``window`` tokens: a block's keys are its own tokens, the block before, and one
+contiguous range of compressed entries. Everything here is linear in T. Legend: B rows, T tokens, J blocks of a row,
+W window, C compressed entries of a row, L entries a block may see.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = 1 << 20  # scores held at once: two such fp32 buffers stay in a last-level cache
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows ``row_0:row_1`` and blocks ``block_0:block_1`` worked on at once; ``entries`` = widest range of a block."""
+
+    row_0: int
+    row_1: int
+    block_0: int
+    block_1: int
+    entries: int
+
+
+class Entries:
+    """Compressed entries of packed rows at one rate m: every document on its own, its short tail dropped (TR §2.3)."""
+
+    def __init__(self, geometry: Geometry, rate: int):
+        self.rate, self.count = rate, geometry.T // rate
+        self.single = geometry.single
+        B, T, C = geometry.B, geometry.T, self.count
+        closes_BT = (geometry.local_BT + 1) % rate == 0
+        closed_BT = closes_BT.cumsum(1)
+        before_BT = closed_BT - closes_BT.long()
+        # A query sees entries first .. first + visible of its row: those of its document whose window has closed.
+        self.first_BT = before_BT.gather(1, geometry.start_BT)
+        self.visible_BT = (geometry.local_BT + 1) // rate
+        steps_T = torch.arange(T, device=geometry.device)
+        slot_BT = torch.where(closes_BT, before_BT, C)
+        last_BC = steps_T.new_full((B, C + 1), rate - 1)
+        last_BC = last_BC.scatter_(1, slot_BT, steps_T.expand(B, T))[:, :C]
+        self.positions_BC = geometry.local_BT.gather(1, last_BC) - (rate - 1) if C else last_BC
+        # Slots beyond a row's last entry repeat the first tokens; no query sees them.
+        window_m = torch.arange(rate, device=geometry.device) - (rate - 1)
+        rows_B11 = (torch.arange(B, device=geometry.device) * T)[:, None, None]
+        self.tokens = (last_BC[:, :, None] + window_m + rows_B11).reshape(-1)  # [B·C·m] into [B·T]
+        inside_BT = geometry.local_BT < geometry.length_BT // rate * rate
+        slot_BT = self.first_BT + geometry.local_BT // rate
+        rows_B1 = (torch.arange(B, device=geometry.device) * C)[:, None]
+        inverse_BT = (rows_B1 + slot_BT) * rate + geometry.local_BT % rate
+        self.inverse = torch.where(inside_BT, inverse_BT, -1).reshape(-1)  # [B·T] into [B·C·m], -1: in no window
+
+
+class Geometry:
+    """Documents of packed rows, from position and document ids ``[B, T]`` (a change of id, or position 0, starts one)."""
+
+    def __init__(self, position_ids: Tensor, document_ids: Tensor):
+        self.B, self.T = position_ids.shape
+        self.device = position_ids.device
+        self.position_BT = position_ids
+        steps_T = torch.arange(self.T, device=self.device)
+        new_BT = position_ids == 0
+        new_BT[:, 1:] |= document_ids[:, 1:] != document_ids[:, :-1]
+        new_BT[:, 0] = True
+        self.start_BT = torch.where(new_BT, steps_T, 0).cummax(1).values
+        self.local_BT = steps_T - self.start_BT
+        document_BT = new_BT.cumsum(1) - 1
+        lengths_BT = torch.zeros_like(document_BT).scatter_add_(1, document_BT, torch.ones_like(document_BT))
+        self.length_BT = lengths_BT.gather(1, document_BT)
+        self.real_BT = document_ids >= 0
+        self.single = bool((self.start_BT == 0).all())  # one document a row: windows are plain reshapes
+        self._entries: dict[int, Entries] = {}
+        self._plans: dict[tuple[int, int | None, int], BlockPlan] = {}
+
+    def entries(self, rate: int) -> Entries:
+        if rate not in self._entries:
+            self._entries[rate] = Entries(self, rate)
+        return self._entries[rate]
+
+    def plan(self, window: int, rate: int | None, heads: int) -> BlockPlan:
+        """Query blocks for a window, a compression rate (None: no entries) and the number of query heads."""
+        key = (window, rate, heads)
+        if key not in self._plans:
+            self._plans[key] = BlockPlan(self, window, self.entries(rate) if rate else None, heads)
+        return self._plans[key]
+
+
+class BlockPlan:
+    """Query blocks of ``window`` tokens, grouped into chunks that are worked on at once."""
+
+    def __init__(self, geometry: Geometry, window: int, entries: Entries | None, heads: int):
+        self.geometry, self.window, self.entries = geometry, window, entries
+        self.blocks = -(-geometry.T // window)
+        B, J = geometry.B, self.blocks
+        self.low_BJ = torch.zeros(B, J, dtype=torch.long, device=geometry.device)
+        width = [[0] * J] * B
+        if entries is not None and entries.count:
+            first_BJW = self.blocked(entries.first_BT, fill=entries.count)
+            end_BJW = self.blocked(entries.first_BT + entries.visible_BT, fill=0)
+            self.first_BJW, self.end_BJW = first_BJW, end_BJW
+            self.low_BJ = first_BJW.amin(2)
+            width = (end_BJW.amax(2) - self.low_BJ).clamp_(min=0).tolist()  # the only copy to the host
+        self.chunks = self._cut(width, heads)
+
+    def blocked(self, x_BT: Tensor, fill: float = 0) -> Tensor:
+        """``[B, T, …]`` as ``[B, J, W, …]``, padded at the end of the row."""
+        pad = self.blocks * self.window - x_BT.shape[1]
+        if pad:
+            x_BT = torch.cat([x_BT, x_BT.new_full((x_BT.shape[0], pad, *x_BT.shape[2:]), fill)], 1)
+        return x_BT.view(x_BT.shape[0], self.blocks, self.window, *x_BT.shape[2:])
+
+    @cached_property
+    def window_bias_BJWS(self) -> Tensor:
+        """0 where a query of block j sees slot s of [block j-1 | block j], else -inf; ``[B, J, W, 2W]`` fp32."""
+        W, J = self.window, self.blocks
+        start_BJW = self.blocked(self.geometry.start_BT, fill=self.geometry.T)
+        query_JW = torch.arange(J * W, device=self.geometry.device).view(J, W)
+        key_JS = torch.arange(2 * W, device=self.geometry.device) + (query_JW[:, :1] - W)
+        low_BJW = torch.maximum(start_BJW, query_JW - (W - 1))
+        seen = (key_JS[:, None, :] <= query_JW[:, :, None]) & (key_JS[:, None, :] >= low_BJW[..., None])
+        return torch.zeros(seen.shape, device=self.geometry.device).masked_fill_(~seen, float("-inf"))
+
+    def _cut(self, width: list[list[int]], heads: int) -> list[Chunk]:
+        B, J, W = self.geometry.B, self.blocks, self.window
+        chunks: list[Chunk] = []
+        cost = [[W * heads * (1 + 2 * W + w) for w in row] for row in width]
+        row = 0
+        while row < B:
+            widest, end = 0, row
+            # Whole rows together while they fit, else parts of one row.
+            while end < B and (end + 1 - row) * J * max(widest, *cost[end], 0) <= CHUNK_ELEMENTS:
+                widest = max(widest, *cost[end])
+                end += 1
+            if end > row:
+                chunks.append(Chunk(row, end, 0, J, max(max(w) for w in width[row:end])))
+                row = end
+                continue
+            block = 0
+            while block < J:
+                stop, widest = block + 1, cost[row][block]
+                while stop < J and (stop + 1 - block) * max(widest, cost[row][stop]) <= CHUNK_ELEMENTS:
+                    widest = max(widest, cost[row][stop])
+                    stop += 1
+                chunks.append(Chunk(row, row + 1, block, stop, max(width[row][block:stop])))
+                block = stop
+            row += 1
+        return chunks
+
+    def entry_slots(self, chunk: Chunk) -> Tensor:
+        """Row-local entry indices of each block's range, ``[G, L]`` (may run past a row's last entry; then unseen)."""
+        low_G = self.low_BJ[chunk.row_0 : chunk.row_1, chunk.block_0 : chunk.block_1].reshape(-1)
+        return low_G[:, None] + torch.arange(chunk.entries, device=low_G.device)
+
+    def entry_seen(self, chunk: Chunk, slots_GL: Tensor) -> Tensor:
+        """Which entries of its block's range each query may see, ``[G, W, L]`` bool."""
+        W = self.window
+        part = (slice(chunk.row_0, chunk.row_1), slice(chunk.block_0, chunk.block_1))
+        first_GW = self.first_BJW[part].reshape(-1, W, 1)
+        end_GW = self.end_BJW[part].reshape(-1, W, 1)
+        return (slots_GL[:, None] >= first_GW) & (slots_GL[:, None] < end_GW)
+
+    def take(self, x_BT: Tensor, chunk: Chunk) -> Tensor:
+        """A fresh ``[G, W, …]`` copy of a chunk's tokens, zero-padded past the end of the row."""
+        W, T = self.window, self.geometry.T
+        x = x_BT[chunk.row_0 : chunk.row_1, chunk.block_0 * W : min(chunk.block_1 * W, T)]
+        pad = (chunk.block_1 - chunk.block_0) * W - x.shape[1]
+        if pad:
+            x = torch.cat([x, x.new_zeros(x.shape[0], pad, *x.shape[2:])], 1)
+        return x.reshape(-1, W, *x.shape[2:])
+
+    def put(self, out_BT: Tensor, chunk: Chunk, x_GW: Tensor) -> None:
+        """Write a chunk's ``[G, W, …]`` back into ``[B, T, …]``, dropping the padding."""
+        W, T = self.window, self.geometry.T
+        t0, t1 = chunk.block_0 * W, min(chunk.block_1 * W, T)
+        rows = chunk.row_1 - chunk.row_0
+        out_BT[chunk.row_0 : chunk.row_1, t0:t1] = x_GW.reshape(rows, -1, *x_GW.shape[2:])[:, : t1 - t0]

@@ -1,0 +1,96 @@
+"""Routed experts as grouped products over tokens sorted by expert; saves the input and the pre-activations only.
+
+The weight of a token multiplies the activation before the second product, so that the gradient of the weight needs no
+output of an expert, and the sum over a token's experts is a gather and a plain sum. Legend: M = N·k sorted rows, G = 2F;
+others as in ``reference``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kernels._support import any_device as unsupported  # noqa: F401
+from kernels._support import full_dtype, working_dtype
+
+
+def within(hidden: Tensor, limit: float) -> bool:
+    """Whether no value is beyond the limit, so that clamping can be left out: one look instead of six passes.
+
+    Only asked on CPU; elsewhere the answer would make the host wait for the device.
+    """
+    if hidden.device.type != "cpu" or not hidden.numel():
+        return False
+    low, high = torch.aminmax(hidden)
+    return bool(low >= -limit) and bool(high <= limit)
+
+
+def swiglu(gate: Tensor, up: Tensor, limit: float, inside: bool) -> Tensor:
+    """``silu(min(gate, limit)) · clamp(up, ±limit)``, fresh memory; ``inside``: nothing to clamp."""
+    if inside:
+        return F.silu(gate).mul_(up)
+    return F.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit))
+
+
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, limit: float, inside: bool, out: Tensor) -> None:
+    """Gradients of ``swiglu`` into ``out[..., :F]`` (gate) and ``out[..., F:]`` (up)."""
+    width = gate.shape[-1]
+    low = gate if inside else gate.clamp(max=limit)
+    sigmoid = torch.sigmoid(low)
+    d_gate, d_up = out[..., :width], out[..., width:]
+    torch.mul(low, sigmoid, out=d_up)
+    # silu' = σ(x)·(1 + x·(1 - σ(x))) = silu + σ·(1 - silu)
+    torch.addcmul(d_up, sigmoid, 1 - d_up, out=d_gate)
+    d_gate.mul_(grad).mul_(up if inside else up.clamp(-limit, limit))
+    d_up.mul_(grad)
+    if not inside:
+        d_gate.mul_(gate <= limit)
+        d_up.mul_(up.abs() <= limit)
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, experts_Nk, weights_Nk, gate_up_EGD, down_EDF, limit):
+        work, (E, G, _), k = working_dtype(x_ND), gate_up_EGD.shape, experts_Nk.shape[1]
+        order_M = experts_Nk.reshape(-1).argsort(stable=True)
+        ends_E = torch.bincount(experts_Nk.reshape(-1), minlength=E).cumsum(0).to(torch.int32)
+        sorted_MD = x_ND.to(work).index_select(0, order_M // k)
+        hidden_MG = F.grouped_mm(sorted_MD, gate_up_EGD.to(work).transpose(1, 2), offs=ends_E)
+        share_M1 = weights_Nk.to(work).reshape(-1, 1).index_select(0, order_M)
+        ctx.inside = within(hidden_MG, limit)
+        act_MF = swiglu(hidden_MG[:, : G // 2], hidden_MG[:, G // 2 :], limit, ctx.inside).mul_(share_M1)
+        out_MD = F.grouped_mm(act_MF, down_EDF.to(work).transpose(1, 2), offs=ends_E)
+        place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+        ctx.save_for_backward(x_ND, order_M, place_M, ends_E, hidden_MG, share_M1, gate_up_EGD, down_EDF)
+        ctx.limit, ctx.k, ctx.share_dtype = limit, k, weights_Nk.dtype
+        return _combine(out_MD, place_M, k).to(x_ND.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_ND):
+        x_ND, order_M, place_M, ends_E, hidden_MG, share_M1, gate_up_EGD, down_EDF = ctx.saved_tensors
+        work, k, width, limit = hidden_MG.dtype, ctx.k, hidden_MG.shape[1] // 2, ctx.limit
+        token_M = order_M // k
+        gate, up = hidden_MG[:, :width], hidden_MG[:, width:]
+        grad_MD = grad_ND.to(work).index_select(0, token_M)
+        act_MF = swiglu(gate, up, limit, ctx.inside)
+        d_shared_MF = F.grouped_mm(grad_MD, down_EDF.to(work), offs=ends_E)  # gradient of share · act
+        d_share_M = (d_shared_MF * act_MF).sum(1, dtype=full_dtype(act_MF))
+        d_down = F.grouped_mm(grad_MD.T, act_MF.mul_(share_M1), offs=ends_E)
+        d_hidden = torch.empty_like(hidden_MG)
+        swiglu_backward(gate, up, d_shared_MF.mul_(share_M1), limit, ctx.inside, d_hidden)
+        sorted_MD = x_ND.to(work).index_select(0, token_M)
+        d_gate_up = F.grouped_mm(d_hidden.T, sorted_MD, offs=ends_E)
+        d_x = _combine(F.grouped_mm(d_hidden, gate_up_EGD.to(work), offs=ends_E), place_M, k).to(x_ND.dtype)
+        d_weights = d_share_M.index_select(0, place_M).view(-1, k).to(ctx.share_dtype)
+        return d_x, None, d_weights, d_gate_up.to(gate_up_EGD.dtype), d_down.to(down_EDF.dtype), None
+
+
+def _combine(rows_MD: Tensor, place_M: Tensor, k: int) -> Tensor:
+    """Sum of each token's k sorted rows: a gather, so deterministic."""
+    return rows_MD.index_select(0, place_M).view(-1, k, rows_MD.shape[1]).sum(1)
+
+
+def grouped_swiglu(x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, limit: float) -> Tensor:
+    """See ``reference.grouped_swiglu``."""
+    return _Experts.apply(x_ND, experts_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)

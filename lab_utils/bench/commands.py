@@ -1,0 +1,80 @@
+"""``lab bench step | quality``: comparisons with a peer, side by side in one process chain, as ratios."""
+
+from __future__ import annotations
+
+import typer
+
+from lab_utils.console import emit, say, table
+
+app = typer.Typer(help="Side-by-side measurements against a peer.", no_args_is_help=True)
+
+
+@app.command()
+def step(
+    preset: str = typer.Option("reference", help="A model preset."),
+    shapes: str = typer.Option("8x256,2x1024,1x2048,1x4096,1x8192", help="Rows × tokens, separated by commas."),
+    limit_gib: float = typer.Option(16.0, help="Memory each process may use, GiB."),
+    threads: int = typer.Option(None, min=1, help="CPU threads; absent: all cores."),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    dtype: str = typer.Option("float32", help="float32 or bfloat16."),
+    peer: bool = typer.Option(True, help="Measure transformers beside ours."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Training tokens/s and peak memory of one step, ours beside transformers' eager DeepSeek-V4 with AdamW."""
+    from lab_utils.bench.step import bench_step
+    from lab_utils.errors import RecipeError
+
+    try:
+        pairs = tuple(tuple(int(n) for n in shape.split("x")) for shape in shapes.split(","))
+        assert all(len(pair) == 2 for pair in pairs)
+    except (ValueError, AssertionError):
+        raise RecipeError(f"--shapes {shapes}: expected ROWSxTOKENS pairs, as in 8x256,1x2048.") from None
+    rows = bench_step(
+        preset,
+        pairs,
+        limit_gib=limit_gib,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        peer=peer,
+        on_row=lambda row: say(f"measured {row['B']}x{row['T']}"),
+    )
+
+    def cell(value: float | None, form: str) -> str:
+        return "out of memory" if value is None and peer else "" if value is None else format(value, form)
+
+    columns = ["rows × T", "ours tok/s", "peer tok/s", "ratio", "ours MiB", "peer MiB", "ours % peak", "peer % peak"]
+    drawn = [
+        (
+            f"{row['B']}×{row['T']}",
+            cell(row["ours_tokens_per_s"], ",.0f"),
+            cell(row["peer_tokens_per_s"], ",.0f"),
+            f"{row['ratio']:.1f}×" if row["ratio"] else "",
+            cell(row["ours_peak_mib"], ",.0f"),
+            cell(row["peer_peak_mib"], ",.0f"),
+            f"{100 * row['fraction_of_peak']:.1f}" if row["fraction_of_peak"] else "",
+            f"{100 * row['peer_fraction_of_peak']:.1f}" if row["peer_fraction_of_peak"] else "",
+        )
+        for row in rows
+    ]
+    title = f"One training step, {preset}, {dtype} on {device}; peak {rows[0]['peak_flops'] / 1e9:,.0f} GFLOP/s"
+    emit(rows, as_json, lambda: table(title, columns, drawn, right=columns[1:]))
+
+
+@app.command()
+def quality(
+    recipe: str = typer.Argument("sft_tiny", help="The recipe whose data and token budget both use."),
+    run: str = typer.Option(None, "--run", help="An existing run of it for our side; absent: it is run first."),
+    limit: int = typer.Option(None, "--limit", min=1, help="At most this many questions."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Exact match after the same base, data and tokens: our engine beside a plain transformers Trainer loop."""
+    from lab_utils.bench.quality import bench_quality
+
+    result = bench_quality(recipe, run=run, limit=limit)
+    rows = [
+        (side, f"{100 * r['exact_match']:.1f}", f"{r['tokens']:,}", f"{r['seconds']:.0f}")
+        for side, r in result.items()
+    ]
+    columns = ["trained by", "exact match %", "tokens", "seconds"]
+    emit(result, as_json, lambda: table(f"Quality after {recipe}", columns, rows, right=columns[1:]))

@@ -1,0 +1,137 @@
+"""``lab bench quality``: our engine beside a plain transformers Trainer, on the same base, data and token budget.
+
+The plain loop is what a user would write without Ascent: transformers' own DeepSeek-V4, one example a row, padded on
+the right to the longest of the batch, the Trainer's AdamW and cosine schedule with the recipe's own numbers. Its
+batches hold as many examples as ours hold on average, so that both see the same tokens in the same number of steps.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from lab_utils.errors import RunError
+from lab_utils.recipe import Recipe
+
+
+def bench_quality(recipe_name: str, *, run: str | None = None, limit: int | None = None) -> dict[str, Any]:
+    """Exact match of both on the held-out test split.
+
+    Args:
+        recipe_name: a named recipe or YAML file.
+        run: an existing run of it (name, prefix, path or ``last``); absent: it is run first.
+        limit: at most this many questions.
+
+    Returns:
+        ``ours`` and ``peer``: ``exact_match``, ``by_family``, ``tokens``, ``seconds``, ``steps``.
+
+    Raises:
+        RunError: one of the two trainings failed.
+    """
+    from lab_utils.evaluation.report import evaluate
+    from lab_utils.runs.api import attach, launch
+
+    recipe = Recipe.load(recipe_name)
+    ours = attach(run) if run else launch(recipe)
+    ours.wait(progress=sys.stderr.isatty())
+    recipe = ours.recipe
+    report = evaluate(ours, limit=limit)
+    metrics = ours.metrics()
+    folder = Path(ours.path) / "bench-quality"
+    folder.mkdir(exist_ok=True)
+    (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    log = folder / "trainer.log"
+    with log.open("w") as sink:
+        command = [sys.executable, "-m", "lab_utils.bench.quality", str(folder), str(limit or 0)]
+        done = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False)
+    if done.returncode:
+        raise RunError(f"The plain Trainer loop failed: {log.read_text().strip().splitlines()[-1]} (log: {log})")
+    mine = {
+        "exact_match": report["exact_match"]["after"],
+        "by_family": {family: row["after"] for family, row in report["by_family"].items()},
+        "tokens": int(metrics["train/num_tokens"].dropna().iloc[-1]),
+        "seconds": float((metrics["perf/step_time"] * metrics.index.to_series().diff().fillna(1)).sum()),
+        "steps": recipe.schedule.steps,
+    }
+    return {"ours": mine, "peer": json.loads((folder / "peer.json").read_text())}
+
+
+def _train_plainly(folder: Path, limit: int | None) -> dict[str, Any]:
+    """The peer: ``transformers.Trainer`` over unpacked, right-padded examples."""
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from lab_utils.data.loader import build_loader
+    from lab_utils.data.tokenizer import load_tokenizer
+    from lab_utils.evaluation.worker import ask, compare, load_questions
+    from lab_utils.models.load import load_model, load_tokenizer_path, save_pretrained
+
+    recipe = Recipe.load(folder / "recipe.yaml")
+    tokenizer = load_tokenizer(recipe.model.tokenizer or load_tokenizer_path(recipe.model.source))
+    loader = build_loader(recipe, tokenizer, rank=0, world_size=1)
+    documents = loader.documents
+    base = load_model(recipe.model.source, dtype=torch.float32, seed=recipe.seed)
+    save_pretrained(base.state_dict(), base.config, folder / "base")
+    per_step = max(1, round(len(documents) * recipe.rows_per_step / loader.rows_per_epoch))
+    schedule, optim = recipe.schedule, recipe.optim
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=per_step,
+        learning_rate=optim.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": schedule.final_lr_ratio},
+        warmup_steps=schedule.warmup_steps,
+        adam_beta1=optim.betas[0],
+        adam_beta2=optim.betas[1],
+        adam_epsilon=optim.eps,
+        weight_decay=optim.weight_decay,
+        max_grad_norm=optim.clip_norm,
+        seed=recipe.seed,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=10,
+        use_cpu=not torch.cuda.is_available(),
+        remove_unused_columns=False,
+    )
+    seen = 0
+
+    def collate(batch: list[Any]) -> dict[str, torch.Tensor]:
+        nonlocal seen
+        seen += sum(len(document.input_ids) for document in batch)
+        width = max(len(document.input_ids) for document in batch)
+        ids = torch.full((len(batch), width), tokenizer.pad_id)
+        labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+        for row, document in enumerate(batch):
+            n = len(document.input_ids)
+            ids[row, :n] = torch.as_tensor(document.input_ids)
+            mask[row, :n] = 1
+            bears = torch.as_tensor(document.loss_weights) > 0
+            labels[row, :n] = torch.where(bears, ids[row, :n], -100)
+        return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager")
+    started = time.time()
+    Trainer(model=model, args=arguments, train_dataset=documents, data_collator=collate).train()
+    seconds = time.time() - started
+    save_pretrained(model.state_dict(), model.config, folder / "trained")
+    questions = load_questions("ascent-tasks-prompts", "test", limit)
+    trained = load_model(str(folder / "trained"), dtype=torch.float32)
+    result = compare(questions, {"after": ask(trained, tokenizer, questions, recipe.data.mode)})
+    return {
+        "exact_match": result["exact_match"]["after"],
+        "by_family": {family: row["after"] for family, row in result["by_family"].items()},
+        "tokens": seen,
+        "seconds": seconds,
+        "steps": schedule.steps,
+    }
+
+
+if __name__ == "__main__":
+    target = Path(sys.argv[1])
+    outcome = _train_plainly(target, int(sys.argv[2]) or None)
+    (target / "peer.json").write_text(json.dumps(outcome, indent=1))

@@ -1,0 +1,40 @@
+"""Where a step's wall time goes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from lab_utils.telemetry.reductions import Mean
+
+PARTS = ("data", "forward_backward", "optimizer")
+
+
+class StepClock:
+    """Times of the parts of one step; what no part claims is ``other``.
+
+    Args:
+        synchronize: waits for the device, so that a part's time holds the work that it queued.
+    """
+
+    def __init__(self, synchronize: Callable[[], None]) -> None:
+        self._synchronize = synchronize
+        self.restart()
+
+    def restart(self) -> None:
+        self._begun = time.perf_counter()
+        self._parts = dict.fromkeys(PARTS, 0.0)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._synchronize()
+        self._parts[name] += time.perf_counter() - start
+
+    def metrics(self) -> dict[str, Mean]:
+        """``perf/step_time`` and its parts, in seconds, as means over steps and ranks."""
+        whole = time.perf_counter() - self._begun
+        parts = {**self._parts, "other": whole - sum(self._parts.values())}
+        return {"perf/step_time": Mean(whole, 1), **{f"perf/time/{k}": Mean(v, 1) for k, v in parts.items()}}

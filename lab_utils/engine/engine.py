@@ -1,0 +1,382 @@
+"""The training loop, from top to bottom: load, forward-backward, step, log, evaluate, save.
+
+``Engine(recipe, accelerator, run_dir).fit()`` in every rank of a job. The run directory is all its state: a checkpoint
+found there is where it goes on. Nothing below knows how many ranks or micro-batches a batch is cut into, but for the
+two sums that make the loss a mean over the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from lab_utils.accelerators import Accelerator
+from lab_utils.engine import checkpoint, colossal
+from lab_utils.engine.clock import StepClock
+from lab_utils.engine.control import Stop, StopRequests
+from lab_utils.engine.parts import Parts, build_parts
+from lab_utils.engine.reduce import all_reduce, gather_objects, over_ranks
+from lab_utils.errors import RunError
+from lab_utils.optim.schedules import learning_rate
+from lab_utils.recipe import Recipe
+from lab_utils.telemetry.reductions import Max, Mean, Metric, Sum, reduce_metrics, to_values
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; saved in every checkpoint."""
+
+    step: int = 0  # finished steps
+    num_tokens: int = 0
+    skipped: int = 0  # steps dropped because a number was not finite
+    skipped_in_a_row: int = 0
+
+
+class Engine:
+    """One rank of a training run.
+
+    Args:
+        recipe: what to do.
+        accelerator: the device kind of this process.
+        run_dir: a ``RunDirectory``; metrics, status and checkpoints go there.
+        build: makes the parts of a rank; another than the recipe's own for trials of the engine alone.
+    """
+
+    def __init__(
+        self, recipe: Recipe, accelerator: Accelerator, run_dir: Any, build: Callable[..., Parts] = build_parts
+    ) -> None:
+        self.recipe, self.accelerator, self.run_dir = recipe, accelerator, run_dir
+        self._build: Callable[..., Parts] = build
+        self.parts: Parts | None = None
+        self.requests = StopRequests(run_dir)
+        self.progress = Progress()
+        self.stop = Stop.NO
+
+    def fit(self) -> str:
+        """Train to the end of the schedule, or to a request to stop; returns the state that the run ends in.
+
+        Raises:
+            LabError: the run cannot go on; the last good checkpoint is in place.
+        """
+        self.open()
+        schedule = self.recipe.schedule
+        with self.requests.listening():
+            while self.progress.step < schedule.steps:
+                self.clock.restart()
+                micro_batches = self.load(self.requests.pending())
+                if self.stop:
+                    break
+                metrics = self.forward_backward(micro_batches)
+                self.update(metrics)
+                self.log(metrics)
+                last = self.progress.step == schedule.steps
+                if last or _due(self.progress.step, schedule.eval_every):
+                    self.evaluate()
+                if last or _due(self.progress.step, schedule.save_every):
+                    self.save()
+        return self.close()
+
+    # -- before -------------------------------------------------------------------------------------------------------
+
+    def open(self) -> None:
+        """Join the other ranks, build everything, and go on from the newest whole checkpoint if there is one."""
+        recipe = self.recipe
+        self.device = self.accelerator.setup(*_place(recipe.cluster.threads))
+        self.rank, self.world = colossal.start(self.accelerator, recipe.seed)
+        _make_deterministic()
+        self.dp, self.micro_rows, self.accumulation = recipe.layout(self.world)
+        self.checkpoints = self.run_dir.path / "checkpoints"
+        if self.rank == 0:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        found, broken = checkpoint.newest(self.checkpoints, rank=self.rank, world=self.world)
+        source = str(found / "model") if found else None
+        self.parts = self._build(
+            recipe, self.accelerator, self.run_dir, rank=self.rank, world=self.world, device=self.device, source=source
+        )
+        self.booster, self.model, self.optimizer = colossal.boost(
+            self.parts.model, self.parts.optimizer(recipe.optim), zero=recipe.parallel.zero
+        )
+        self.model.train()
+        self.accelerator.seed(recipe.seed * 1_000_003 + self.rank)
+        self.clock = StepClock(self.accelerator.synchronize)
+        self.pending: list[dict[str, Metric]] = []
+        self.saved_step = None
+        if found:
+            self._resume(found)
+        peak = self.accelerator.peak(recipe.model.dtype) if self.rank == 0 else None
+        self.peak = gather_objects(peak)[0]  # measured by one rank while the others wait
+        if self.rank == 0:
+            self.parts.telemetry.open(self.run_dir, recipe, self.accelerator, self.peak)
+            for problem in broken:
+                self.parts.telemetry.event("checkpoint_skipped", problem)
+            if found:
+                self.parts.telemetry.event("resumed", f"from {found.name}")
+        self._status(state="running", world_size=self.world)
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def load(self, request: Stop) -> list[Any]:
+        """This rank's micro-batches of the next step; settles what the loss is divided by, and whether to go on."""
+        self._before = (self.progress, self.parts.train.state_dict(), self.accelerator.rng_state())
+        with self.clock.part("data"):
+            rows = self.parts.train.next_step()
+            pieces = range(0, rows.rows, self.micro_rows)
+            micro = [rows.slice(i, i + self.micro_rows).to(self.device) for i in pieces]
+            self._settle(request, micro)
+        if self.stop:
+            self.parts.train.load_state_dict(self._before[1])  # as if the batch had not been drawn
+            return []
+        flops = self.parts.model.flops_per_token
+        self.local_flops = sum(flops(m.document_lengths()) * m.tokens for m in micro if m.tokens)
+        self.local_positions = sum(m.input_ids.numel() for m in micro)
+        return micro
+
+    def _settle(self, request: Stop, micro: list[Any]) -> None:
+        """One small all-reduce a step: requests to stop, and the counts that the global batch's means are over."""
+        auxiliary = self._auxiliary_counts(micro)
+        own = [request == Stop.NOW, request == Stop.AFTER_CHECKPOINT]
+        own += [sum(map(self.parts.objective.denominator, micro)), sum(m.tokens for m in micro), *auxiliary.values()]
+        now, later, count, tokens, *sums = all_reduce([float(value) for value in own], self.device)
+        self.stop = Stop.AFTER_CHECKPOINT if later else Stop.NOW if now else Stop.NO
+        self.loss_count, self.batch_tokens = count or 1.0, tokens or 1.0
+        self.auxiliary_counts = dict(zip(auxiliary, sums, strict=True))
+
+    def _auxiliary_counts(self, micro: list[Any]) -> dict[str, float]:
+        """What this rank's auxiliary losses will be over, by name, where the model can tell before its forward pass."""
+        counts_of = getattr(self.parts.model, "auxiliary_counts", None)
+        if counts_of is None:
+            return {}
+        parts = [counts_of(m.position_ids, m.document_ids) for m in micro]
+        return {name: float(sum(part[name] for part in parts)) for name in sorted(parts[0])}
+
+    def forward_backward(self, micro_batches: list[Any]) -> dict[str, Metric]:
+        """Gradients of the mean loss over the global batch, summed over micro-batches here and over ranks at the end."""
+        found = []
+        with self.clock.part("forward_backward"):
+            for i, rows in enumerate(micro_batches):
+                last = i == len(micro_batches) - 1
+                with nullcontext() if last else self.optimizer.no_sync():
+                    loss, metrics = self.loss(rows)
+                    self.booster.backward(loss, self.optimizer)
+                found.append(metrics)
+        return reduce_metrics(found)
+
+    def loss(self, rows: Any) -> tuple[torch.Tensor, dict[str, Metric]]:
+        """This micro-batch's share of the global batch's loss, and its metrics.
+
+        An auxiliary loss is a mean over its own count. A model without ``auxiliary_counts`` cannot say what that will
+        be in micro-batches to come: then it is taken to be proportional to their tokens.
+        """
+        output = self.model(rows.input_ids, rows.position_ids, rows.document_ids)
+        result = self.parts.objective(output.hidden_BTD, self.parts.model.head_weight, rows)
+        loss = result.loss.total / self.loss_count
+        metrics = {"train/loss": _detached(result.loss)}
+        metrics |= {f"train/{leaf}": metric for leaf, metric in result.metrics.items()}
+        metrics |= {key if "/" in key else f"train/{key}": metric for key, metric in output.metrics.items()}
+        for name, aux in output.auxiliary.items():
+            known = self.auxiliary_counts.get(name)
+            share = 1.0 / max(known, 1.0) if known is not None else (
+                rows.tokens / self.batch_tokens / torch.as_tensor(aux.count).clamp(min=1.0)
+            )
+            loss = loss + aux.weight * share * aux.total
+            metrics[f"train/{name}"] = Mean(aux.total.detach(), aux.count)
+        return loss, metrics
+
+    def update(self, metrics: dict[str, Metric]) -> None:
+        """Clip and step; a step with a number that is not finite is dropped on every rank, and counted."""
+        recipe, progress = self.recipe, self.progress
+        with self.clock.part("optimizer"):
+            bad = not math.isfinite(float(metrics["train/loss"].total))
+            self.norm = self.optimizer.gradient_norm(bad)
+            finite = math.isfinite(self.norm)
+            self.rate = learning_rate(progress.step, recipe.schedule, recipe.optim.lr)
+            if finite:
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.rate
+                clip = recipe.optim.clip_norm
+                self.optimizer.step(min(1.0, clip / (self.norm + 1e-6)) if clip else 1.0)
+            self.optimizer.zero_grad()
+        self.progress = replace(
+            progress,
+            step=progress.step + 1,
+            num_tokens=progress.num_tokens + int(self.batch_tokens),
+            skipped=progress.skipped + (not finite),
+            skipped_in_a_row=0 if finite else progress.skipped_in_a_row + 1,
+        )
+        if not finite:
+            metrics.clear()  # its numbers would spoil the means of the logged line
+            self._skipped()
+
+    def _skipped(self) -> None:
+        progress, limit = self.progress, self.recipe.schedule.max_skipped
+        if progress.skipped_in_a_row == 1:
+            self._last_good = self._before
+        message = f"step {progress.step}: loss or gradient is not finite; the step was not applied"
+        if self.rank == 0:
+            self.parts.telemetry.event("skipped_step", message)
+        if progress.skipped_in_a_row < limit:
+            return
+        self.progress, loader, generators = self._last_good
+        self.parts.train.load_state_dict(loader)
+        self.accelerator.set_rng_state(generators)
+        self.save()
+        raise RunError(
+            f"Loss or gradient was not finite in {limit} steps in a row (schedule.max_skipped), up to step "
+            f"{progress.step}; the last good state is saved as {checkpoint.folder(self.checkpoints, self.progress.step).name}: "
+            f"lower optim.lr or look at the data of these steps, then start a new run."
+        )
+
+    # -- between steps ------------------------------------------------------------------------------------------------
+
+    def log(self, metrics: dict[str, Metric]) -> None:
+        """One line every ``tracking.log_every`` steps, over all steps since the last line and all ranks."""
+        memory = self.accelerator.memory()
+        self.pending.append({
+            **metrics,
+            **self.clock.metrics(),
+            "tokens": Sum(self.batch_tokens / self.world),
+            "positions": Sum(float(self.local_positions)),
+            "flops": Sum(self.local_flops),
+            "mem/allocated_peak": Max(memory.allocated_peak / GIB),
+            "mem/reserved_peak": Max(memory.reserved_peak / GIB),
+            "mem/alloc_retries": Max(float(memory.alloc_retries)),
+            "mem/peak_frac": Max(memory.reserved_peak / memory.capacity if memory.capacity else 0.0),
+        })
+        step, last = self.progress.step, self.progress.step == self.recipe.schedule.steps
+        if not (last or _due(step, self.recipe.tracking.log_every)):
+            return
+        steps = len(self.pending)
+        reduced = over_ranks(reduce_metrics(self.pending), self.device)
+        self.pending = []
+        if self.rank == 0:
+            self.parts.telemetry.log(step, {**self._throughput(to_values(reduced), steps), **self._standing()})
+            self._status()
+
+    def _throughput(self, values: dict[str, float], steps: int) -> dict[str, float]:
+        """Rates from the sums of a logged line."""
+        tokens, positions, flops = (values.pop(key) for key in ("tokens", "positions", "flops"))
+        seconds = values["perf/step_time"] * steps
+        rates = {
+            "perf/tokens_per_s": tokens / seconds,
+            "perf/tokens_per_s_per_chip": tokens / seconds / self.world,
+            "perf/tflops_per_chip": flops / seconds / self.world / 1e12,
+            "perf/padding_frac": 1.0 - tokens / positions,
+        }
+        if self.peak.flops:  # unknown for a device without a published rate: no number is better than a wrong one
+            rates["perf/mfu"] = flops / seconds / self.world / self.peak.flops
+        return values | rates
+
+    def _standing(self) -> dict[str, float]:
+        return {
+            "train/grad_norm": self.norm,
+            "train/learning_rate": self.rate,
+            "train/skipped_steps": float(self.progress.skipped),
+            "train/num_tokens": float(self.progress.num_tokens),
+            "train/epoch": float(self.parts.train.epoch),
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> None:
+        """Loss and metrics on the held-out rows, as means over all of their loss tokens."""
+        if self.parts.validation is None:
+            return
+        self.model.eval()
+        found = []
+        for rows in self.parts.validation.batches(self.micro_rows):
+            rows = rows.to(self.device)
+            output = self.model(rows.input_ids, rows.position_ids, rows.document_ids)
+            result = self.parts.objective(output.hidden_BTD, self.parts.model.head_weight, rows)
+            found.append({"eval/loss": result.loss} | {f"eval/{k}": v for k, v in result.metrics.items()})
+        self.model.train()
+        reduced = over_ranks(reduce_metrics(found), self.device)
+        if self.rank == 0:
+            self.parts.telemetry.log(self.progress.step, to_values(reduced))
+
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one already."""
+        if self.saved_step == self.progress.step:
+            return
+        self._status()
+        state = {
+            **asdict(self.progress),
+            "loader": self.parts.train.state_dict(),
+            "rng": gather_objects(self.accelerator.rng_state()),
+            "layout": {"world_size": self.world, "dp": self.dp, "zero": self.recipe.parallel.zero},
+            "dtype": self.recipe.model.dtype,
+            "recipe": self.recipe.hash,
+        }
+        written = checkpoint.save(
+            self.checkpoints,
+            self.progress.step,
+            write_model=self.parts.write_model,
+            optimizer_state=self.optimizer.named_state(),
+            state=state,
+            rank=self.rank,
+            keep_last=self.recipe.schedule.keep_last,
+        )
+        self.saved_step = self.progress.step
+        if self.rank == 0:
+            self.parts.telemetry.event("checkpoint", str(written))
+
+    def _resume(self, found: Any) -> None:
+        """Take up everything that a checkpoint holds; with the same ranks the next step is the one that would have been."""
+        checkpoint.load_optimizer(found, self.optimizer)
+        state = checkpoint.read_state(found)
+        self.progress = Progress(**{key: state[key] for key in asdict(self.progress)})
+        self.parts.train.load_state_dict(state["loader"])
+        if len(state["rng"]) == self.world:
+            self.accelerator.set_rng_state(state["rng"][self.rank])
+        else:  # there is no rank of old whose generators these would be
+            self.accelerator.seed(self.recipe.seed * 1_000_003 + self.rank + (self.progress.step << 20))
+        self.saved_step = self.progress.step
+
+    # -- after --------------------------------------------------------------------------------------------------------
+
+    def close(self) -> str:
+        """Leave the run in its final state."""
+        if self.stop == Stop.AFTER_CHECKPOINT:
+            self.save()
+        state = "stopped" if self.stop else "succeeded"
+        self._status(state=state)
+        if self.rank == 0:
+            self.parts.telemetry.close(state)
+        return state
+
+    def fail(self, sentence: str) -> None:
+        """Close the sinks of a run that ends by an exception."""
+        if self.parts is not None:
+            self.parts.telemetry.event("failed", sentence)
+            self.parts.telemetry.close("failed")
+
+    def _status(self, **changes: Any) -> None:
+        if self.rank == 0:
+            self.run_dir.write_status(
+                **changes, step=self.progress.step, total_steps=self.recipe.schedule.steps
+            )
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _detached(mean: Mean) -> Mean:
+    return Mean(mean.total.detach(), mean.count)
+
+
+def _place(threads: int | None) -> tuple[int, int | None, int]:
+    """Arguments of ``Accelerator.setup``, from torchrun's environment."""
+    return int(os.environ.get("LOCAL_RANK", 0)), threads, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _make_deterministic() -> None:
+    """Same bits for the same recipe and layout, where the device has such kernels; elsewhere torch warns by name."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs: nothing reads uninitialised memory

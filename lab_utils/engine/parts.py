@@ -1,0 +1,111 @@
+"""What a run is made of, built from its recipe: model, loaders, objective, telemetry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lab_utils.accelerators import Accelerator, Peak
+from lab_utils.objectives import Objective, get_objective
+from lab_utils.optim.groups import parameter_groups
+from lab_utils.recipe import OptimSection, Recipe
+from lab_utils.registry import load as load_member
+from lab_utils.telemetry.chips import ChipSampler
+from lab_utils.telemetry.sinks import MultiSink, make_sinks
+
+
+class Telemetry:
+    """Rank 0's sinks and chip sampler."""
+
+    def __init__(self, sinks: MultiSink, sampler: ChipSampler | None = None) -> None:
+        self.sinks, self.sampler = sinks, sampler
+        self.event, self._open = sinks.event, False
+
+    def open(self, run_dir: Any, recipe: Recipe, accelerator: Accelerator, peak: Peak) -> None:
+        device = {"kind": accelerator.name, "device": accelerator.device_name()}
+        provenance = _read_json(run_dir.path / "provenance.json")
+        provenance["accelerator"] = {**device, "peak_flops": peak.flops, "peak_source": peak.source}
+        self.sinks.open(run_dir.path, recipe, provenance)
+        self._open = True
+        if self.sampler:
+            self.sampler.start()
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.sinks.log(step, {**values, **(self.sampler.latest() if self.sampler else {})})
+
+    def close(self, state: str) -> None:
+        """Idempotent: a run that fails closes from where it failed."""
+        if self._open:
+            self._open = False
+            if self.sampler:
+                self.sampler.stop()
+            self.sinks.close(state)
+
+
+@dataclass
+class Parts:
+    """Everything that the loop uses and does not make."""
+
+    model: torch.nn.Module
+    train: Any  # a PackedLoader
+    objective: Objective
+    write_model: Callable[[Path], None]  # fills a folder that transformers loads
+    validation: Any | None = None
+    telemetry: Telemetry = field(default_factory=lambda: Telemetry(MultiSink([])))
+
+    def optimizer(self, section: OptimSection) -> torch.optim.Optimizer:
+        groups = parameter_groups(self.model, section.weight_decay)
+        return load_member("lab_utils.optim", section.kind).build(groups, section)
+
+
+def build_parts(
+    recipe: Recipe, accelerator: Accelerator, run_dir: Any, *, rank: int, world: int, device: Any, source: str | None
+) -> Parts:
+    """The parts of one rank.
+
+    Args:
+        source: where weights come from instead of ``recipe.model.source``: a checkpoint's ``model`` folder.
+    """
+    from lab_utils.data.loader import build_loader
+    from lab_utils.data.tokenizer import load_tokenizer
+    from lab_utils.models.load import load_model, load_tokenizer_path, save_pretrained
+
+    section = recipe.model
+    model = load_model(
+        source or section.source,
+        dtype=getattr(torch, section.dtype),
+        device=device,
+        seed=recipe.seed,
+        checkpointing=section.checkpointing,
+        indexer_loss=section.indexer_loss,
+    )
+    tokenizer = load_tokenizer(section.tokenizer or load_tokenizer_path(section.source))
+    shared = {"rank": rank, "world_size": world}
+    held_out = recipe.data.validation
+
+    def write_model(folder: Path) -> None:
+        save_pretrained(model, model.config, folder)
+        tokenizer.save(folder)
+
+    return Parts(
+        model=model,
+        train=build_loader(recipe, tokenizer, sources=recipe.data.train, train=True, **shared),
+        validation=build_loader(recipe, tokenizer, sources=held_out, train=False, **shared) if held_out else None,
+        objective=get_objective(recipe.objective),
+        write_model=write_model,
+        telemetry=Telemetry(
+            make_sinks(recipe), ChipSampler(accelerator.name, recipe.tracking.chip_seconds, run_dir.path)
+        ) if rank == 0 else Telemetry(MultiSink([])),
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}

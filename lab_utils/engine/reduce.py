@@ -1,0 +1,39 @@
+"""Metrics over ranks, and the small agreements that ranks make between steps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lab_utils.telemetry.reductions import Metric, flatten, unflatten
+
+SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
+
+
+def over_ranks(metrics: dict[str, Metric], device: torch.device) -> dict[str, Metric]:
+    """The same metrics reduced over all ranks by their types; every rank brings the same names.
+
+    Two all-reduces whatever the number of metrics.
+    """
+    flat = flatten(metrics)
+    return unflatten(flat.schema, all_reduce(flat.sums, device, SUM), all_reduce(flat.maxes, device, MAX))
+
+
+def all_reduce(values: list[float], device: torch.device, op: Any = SUM) -> list[float]:
+    """Numbers reduced over all ranks in one collective; float64 where the device has it."""
+    if not values or dist.get_world_size() == 1:
+        return list(values)
+    packed = torch.tensor(values, device=device, dtype=torch.float32 if device.type == "npu" else torch.float64)
+    dist.all_reduce(packed, op=op)
+    return packed.tolist()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One small Python value from each rank, by rank; without a process group, the caller's alone."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found

@@ -1,0 +1,45 @@
+"""What the rest of the house knows of a model: packed rows in, final hidden states and auxiliary losses out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lab_utils.telemetry.reductions import Metric
+
+
+@dataclass
+class AuxiliaryLoss:
+    """A loss beside the objective: ``weight · total / count``, with total and count summed over the global batch."""
+
+    total: Tensor  # fp32 scalar, a sum
+    count: Tensor  # fp32 scalar, what the sum runs over
+    weight: float
+
+
+@dataclass
+class ModelOutput:
+    """Result of a forward pass over packed rows ``[B, T]``."""
+
+    hidden_BTD: Tensor  # after the final norm: what the LM head multiplies
+    auxiliary: dict[str, AuxiliaryLoss] = field(default_factory=dict)
+    metrics: dict[str, Metric] = field(default_factory=dict)
+
+
+@runtime_checkable
+class TrainableModel(Protocol):
+    """An ``nn.Module`` that trains on packed rows. Documents of a row never see one another."""
+
+    config: Any  # transformers configuration
+
+    def __call__(self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor) -> ModelOutput: ...
+
+    @property
+    def head_weight(self) -> Tensor:
+        """Weight of the LM head ``[V, D]``."""
+
+    def flops_per_token(self, document_lengths: list[int]) -> float:
+        """Training FLOPs per token for documents of these lengths (length-weighted mean)."""

@@ -1,0 +1,142 @@
+"""Attention of DeepSeek-V4 (TR §2.3): shared key-value, sliding window, compressed entries, lightning indexer.
+
+Legend: B rows, T tokens, D model, H heads, K head dimension, C compressed entries, S selected entries.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+
+from lab_utils.models.deepseek_v4.layers import Context, Norm, linear, operator
+
+CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+
+
+class Pool(nn.Module):
+    """Windows of m tokens to entries (TR §2.3.1-2), normed and rotated; base of both compressors and of the indexer."""
+
+    def __init__(self, config: DeepseekV4Config, layer_type: str, width: int):
+        super().__init__()
+        self.rate, self.overlap = config.compress_rates[layer_type], layer_type == CSA
+        inner = width * (2 if self.overlap else 1)
+        self.kv_proj = linear(config.hidden_size, inner)
+        self.gate_proj = linear(config.hidden_size, inner)
+        self.position_bias = nn.Parameter(torch.empty(self.rate, inner))
+        self.kv_norm = Norm(width, config.rms_norm_eps)
+
+    def entries(self, x_BTD: Tensor, context: Context) -> Tensor:
+        """``[B, C, K]`` with C = T div m."""
+        pooled_BCK = operator("compressor", x_BTD)(
+            self.kv_proj(x_BTD),
+            self.gate_proj(x_BTD),
+            self.position_bias,
+            context.geometry,
+            rate=self.rate,
+            overlap=self.overlap,
+        )
+        return operator("rope", x_BTD)(self.kv_norm(pooled_BCK), *context.angles("compress", self.rate))
+
+
+class Scorer(nn.Module):
+    """Weight of each indexer head (TR eq. 15)."""
+
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__()
+        self.weights_proj = linear(config.hidden_size, config.index_n_heads)
+        self.factor = config.index_n_heads**-0.5 * config.index_head_dim**-0.5
+
+
+class Indexer(Pool):
+    """Scores entries and keeps the top-k of each query. Only its own KL loss trains it: inputs come detached."""
+
+    def __init__(self, config: DeepseekV4Config):
+        super().__init__(config, CSA, config.index_head_dim)
+        self.heads, self.topk = config.index_n_heads, config.index_topk
+        self.q_b_proj = linear(config.q_lora_rank, config.index_n_heads * config.index_head_dim)
+        self.scorer = Scorer(config)
+
+    def forward(self, x_BTD: Tensor, q_residual_BTQ: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, T, Hi, Ki]``, keys ``[B, C, Ki]`` and head weights ``[B, T, Hi]`` (fp32, with all scales)."""
+        q_BTHK = self.q_b_proj(q_residual_BTQ).unflatten(-1, (self.heads, -1))
+        cos, sin = context.angles("compress")
+        q_BTHK = operator("rope", x_BTD)(q_BTHK, cos[:, :, None], sin[:, :, None])
+        weights_BTH = self.scorer.weights_proj(x_BTD).float() * self.scorer.factor
+        return q_BTHK, self.entries(x_BTD, context), weights_BTH
+
+
+class Compressor(Pool):
+    """HCA's compressor, or CSA's with its indexer."""
+
+    def __init__(self, config: DeepseekV4Config, layer_type: str):
+        super().__init__(config, layer_type, config.head_dim)
+        self.indexer = Indexer(config) if layer_type == CSA else None
+
+
+class GroupedLinear(nn.Module):
+    """Block-diagonal linear: group γ of the inputs to group γ of the outputs (TR §2.3.1, grouped output projection)."""
+
+    def __init__(self, groups: int, inputs: int, outputs: int):
+        super().__init__()
+        self.groups, self.weight = groups, nn.Parameter(torch.empty(groups * outputs, inputs))
+
+    def forward(self, x_BTX: Tensor) -> Tensor:
+        x_GNI = x_BTX.reshape(-1, self.groups, self.weight.shape[1]).transpose(0, 1)
+        y_GNO = torch.bmm(x_GNI, self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2))
+        return y_GNO.transpose(0, 1).reshape(*x_BTX.shape[:-1], -1)
+
+
+class Attention(nn.Module):
+    """One attention block of any of the three layer types."""
+
+    def __init__(self, config: DeepseekV4Config, layer: int):
+        super().__init__()
+        self.layer_type = config.layer_types[layer]
+        self.rope_kind = "compress" if self.layer_type in (CSA, HCA) else "main"
+        self.heads, self.window, self.eps = config.num_attention_heads, config.sliding_window, config.rms_norm_eps
+        H, K, groups = config.num_attention_heads, config.head_dim, config.o_groups
+        self.q_a_proj = linear(config.hidden_size, config.q_lora_rank)
+        self.q_a_norm = Norm(config.q_lora_rank, config.rms_norm_eps)
+        self.q_b_proj = linear(config.q_lora_rank, H * K)
+        self.kv_proj = linear(config.hidden_size, K)
+        self.kv_norm = Norm(K, config.rms_norm_eps)
+        self.o_a_proj = GroupedLinear(groups, H * K // groups, config.o_lora_rank)
+        self.o_b_proj = linear(groups * config.o_lora_rank, config.hidden_size)
+        self.sinks = nn.Parameter(torch.empty(H))
+        self.compressor = Compressor(config, self.layer_type) if self.layer_type in (CSA, HCA) else None
+
+    def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The block's output ``[B, T, D]`` and, in CSA layers that want it, the indexer's ``(KL sum, queries)``."""
+        geometry, angles = context.geometry, context.angles(self.rope_kind)
+        q_residual = self.q_a_norm(self.q_a_proj(x_BTD))
+        q_BTHK = self.q_b_proj(q_residual).unflatten(-1, (self.heads, -1))
+        kv_BTK = operator("rope", x_BTD)(self.kv_norm(self.kv_proj(x_BTD)), *angles)
+        rate = self.compressor.rate if self.compressor else None
+        entries_BCK = self.compressor.entries(x_BTD, context) if self.compressor else None
+        indexed = selected_BTS = None
+        if self.compressor and self.compressor.indexer and entries_BCK.shape[1]:
+            indexer = self.compressor.indexer
+            # With no more entries than the top-k, every visible one is attended and only the loss needs scores.
+            if context.indexer_loss or entries_BCK.shape[1] > indexer.topk:
+                with torch.set_grad_enabled(context.indexer_loss and torch.is_grad_enabled()):
+                    indexed = indexer(x_BTD.detach(), q_residual.detach(), context)
+            if entries_BCK.shape[1] > indexer.topk:
+                selected_BTS = operator("indexer_select", x_BTD)(*indexed, geometry, rate=rate, topk=indexer.topk)
+        out_BTHK, mass = operator("shared_kv_attention", x_BTD)(
+            q_BTHK,
+            kv_BTK,
+            self.sinks,
+            *angles,
+            geometry,
+            window=self.window,
+            eps=self.eps,
+            entries_BCK=entries_BCK,
+            rate=rate,
+            selected_BTS=selected_BTS,
+            want_mass=context.indexer_loss and indexed is not None,
+        )
+        kl = None
+        if mass is not None:
+            kl = operator("indexer_kl", x_BTD)(*indexed, mass, geometry, rate=rate, selected_BTS=selected_BTS)
+        return self.o_b_proj(self.o_a_proj(out_BTHK.flatten(2))), kl

@@ -1,0 +1,110 @@
+"""Parameters and training FLOPs of a configuration in closed form; needs no device and no torch.
+
+Parameters by component as in the technical report's architecture; FLOPs: 6 per multiply-accumulate of a trained term
+(2 forward, 4 backward), 2 for an indexer that is only run forward.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import DeepseekV4Config
+
+CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+
+
+def parameters_by_component(config: DeepseekV4Config) -> dict[str, int]:
+    """Parameters of the model without MTP, by component."""
+    c, N, d, H, K = config, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
+    csa, hca, n = c.layer_types.count(CSA), c.layer_types.count(HCA), c.hc_mult
+    m_csa, m_hca = c.compress_rates[CSA], c.compress_rates[HCA]
+    Hi, Ki = c.index_n_heads, c.index_head_dim
+    return {
+        "routed experts": N * c.n_routed_experts * _expert(c),
+        "attention": N * _attention(c),
+        "compressors": csa * _pool(d, 2 * K, K, m_csa) + hca * _pool(d, K, K, m_hca),
+        "indexers": csa * (_pool(d, 2 * Ki, Ki, m_csa) + c.q_lora_rank * Hi * Ki + d * Hi),
+        "shared experts": N * c.n_shared_experts * _expert(c),
+        "routers": N * c.n_routed_experts * d,
+        "hyper-connections": 2 * N * _hyper_connection(n, d) + _hyper_head(n, d),
+        "norms": (2 * N + 1) * d,
+        "embedding": c.vocab_size * d,
+        "head": c.vocab_size * d,
+    }
+
+
+def parameters_mtp(config: DeepseekV4Config) -> int:
+    """Parameters of the multi-token-prediction blocks: a window-only block, two projections, three norms, an hc head."""
+    c, d, n = config, config.hidden_size, config.hc_mult
+    block = _attention(c) + (c.n_routed_experts + c.n_shared_experts) * _expert(c) + c.n_routed_experts * d
+    block += 2 * _hyper_connection(n, d) + 2 * d
+    return c.num_nextn_predict_layers * (block + 2 * d * d + 3 * d + _hyper_head(n, d))
+
+
+def active_parameters(config: DeepseekV4Config) -> int:
+    """Parameters that one token uses, without the embedding (a look-up)."""
+    parts = parameters_by_component(config)
+    total = sum(parts.values()) - parts["embedding"] - parts["routed experts"]
+    return total + config.num_hidden_layers * config.num_experts_per_tok * _expert(config)
+
+
+def training_flops(config: DeepseekV4Config, lengths: list[int], *, indexer_trained: bool = False) -> float:
+    """Training FLOPs per token, the length-weighted mean over documents of these lengths (without MTP)."""
+    tokens = sum(lengths)
+    return sum(length * _document_flops(config, length, indexer_trained) for length in lengths) / max(tokens, 1)
+
+
+def _document_flops(c: DeepseekV4Config, L: int, indexer_trained: bool) -> float:
+    N, d, H, K, q, n = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.head_dim, c.q_lora_rank, c.hc_mult
+    csa, hca = c.layer_types.count(CSA), c.layer_types.count(HCA)
+    m_csa, m_hca = c.compress_rates[CSA], c.compress_rates[HCA]
+    Hi, Ki, gr = c.index_n_heads, c.index_head_dim, c.o_groups * c.o_lora_rank
+    trained = N * (d * q + q * H * K + d * K + H * K * c.o_lora_rank + gr * d)
+    trained += 3 * N * d * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts)
+    trained += N * d * c.n_routed_experts
+    trained += 2 * N * n * (n + 2) * n * d + 2 * N * n * n * d
+    trained += n * n * d + d * c.vocab_size
+    trained += csa * 4 * d * K + hca * 2 * d * K
+    trained += 2 * N * H * K * _window_keys(L, c.sliding_window)
+    trained += 2 * csa * H * K * _entry_keys(L, m_csa, c.index_topk)
+    trained += 2 * hca * H * K * _entry_keys(L, m_hca, L // m_hca)
+    indexer = csa * (4 * d * Ki + q * Hi * Ki + d * Hi)
+    indexer += csa * Hi * Ki * _entry_keys(L, m_csa, L // m_csa)
+    return 6 * trained + (6 if indexer_trained else 2) * indexer
+
+
+def _window_keys(L: int, w: int) -> float:
+    """Mean number of window keys of a query."""
+    P = min(L, w)
+    return (P * (P + 1) / 2 + (L - P) * w) / L
+
+
+def _entry_keys(L: int, m: int, K: int) -> float:
+    """Mean over t = 1..L of min(t div m, K)."""
+    K = min(K, L // m)
+    P = min(L, m * K)
+    a, b = divmod(P, m)
+    return (m * a * (a - 1) / 2 + a * (b + 1) + (L - P) * K) / L
+
+
+def _expert(c: DeepseekV4Config) -> int:
+    return 3 * c.hidden_size * c.moe_intermediate_size
+
+
+def _attention(c: DeepseekV4Config) -> int:
+    d, H, K, q = c.hidden_size, c.num_attention_heads, c.head_dim, c.q_lora_rank
+    output = H * K * c.o_lora_rank + c.o_groups * c.o_lora_rank * d
+    return d * q + q + q * H * K + d * K + K + output + H
+
+
+def _pool(d: int, inner: int, width: int, rate: int) -> int:
+    return 2 * d * inner + rate * inner + width
+
+
+def _hyper_connection(n: int, d: int) -> int:
+    return n * (n + 2) * n * d + n * (n + 2) + 3
+
+
+def _hyper_head(n: int, d: int) -> int:
+    return n * n * d + n + 1

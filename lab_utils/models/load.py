@@ -1,0 +1,258 @@
+"""Models by their source, as a recipe names it, and the way back to disk.
+
+    base:NAME      weights shipped with the project, lab_utils/models/shipped/NAME
+    preset:NAME    random weights of a preset, the same for a seed
+    hf:ORG/NAME    a checkpoint of the hub, from its local cache where HF_HUB_OFFLINE=1
+    a path         a folder with config.json and safetensors
+
+``model_type`` deepseek_v4 becomes our own implementation, anything else goes through the generic adapter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab_utils.errors import CheckpointError, RecipeError
+from lab_utils.models.presets import preset
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lab_utils.models.base import TrainableModel
+
+SHIPPED = Path(__file__).parent / "shipped"
+SHARD_BYTES = 4 << 30
+
+
+def load_model(
+    source: str,
+    *,
+    dtype: torch.dtype | str = "float32",
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    checkpointing: str = "none",
+    indexer_loss: float = 0.01,
+) -> TrainableModel:
+    """A trainable model in ``dtype`` on ``device``.
+
+    Args:
+        source: see the module's head.
+        dtype: torch dtype or its name; the correction bias of the routers stays fp32.
+        seed: of random weights; does not touch the global generators.
+        checkpointing: "none" or "full" (each layer recomputed in the backward pass).
+        indexer_loss: weight of the lightning indexer's KL loss (V4 only).
+
+    Raises:
+        RecipeError: unknown preset, shipped model or form of source.
+        CheckpointError: files that are missing, or tensors that don't fit the configuration.
+    """
+    import torch
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    options = {"indexer_loss": indexer_loss, "checkpointing": checkpointing}
+    if source.startswith("preset:"):
+        from lab_utils.models.deepseek_v4.initialize import initialize
+        from lab_utils.models.deepseek_v4.model import DeepseekV4
+
+        model = DeepseekV4(preset(source.removeprefix("preset:")), **options)
+        initialize(model, seed)
+        return model.to(device=device, dtype=dtype)
+    folder = checkpoint_folder(source)
+    if read_config(folder)["model_type"] != "deepseek_v4":
+        from lab_utils.models.hf import load_adapter
+
+        return load_adapter(folder, dtype=dtype, device=device, checkpointing=checkpointing)
+    return _load_deepseek_v4(folder, options).to(device=device, dtype=dtype)
+
+
+def load_tokenizer_path(source: str) -> Path | None:
+    """Folder of the tokenizer beside the weights of a source; None where there is none (presets)."""
+    if source.startswith("preset:"):
+        return None
+    folder = checkpoint_folder(source)
+    return folder if (folder / "tokenizer.json").exists() else None
+
+
+def load_config(source: str) -> Any:
+    """transformers configuration of a source, without its weights."""
+    if source.startswith("preset:"):
+        return preset(source.removeprefix("preset:"))
+    from transformers import AutoConfig
+
+    folder = checkpoint_folder(source)
+    read_config(folder)
+    return AutoConfig.from_pretrained(folder)
+
+
+def checkpoint_folder(source: str) -> Path:
+    """Local folder of a source with files: shipped, hub snapshot or path."""
+    if source.startswith("base:"):
+        name = source.removeprefix("base:")
+        known = sorted(p.name for p in SHIPPED.iterdir() if p.is_dir()) if SHIPPED.exists() else []
+        if name not in known:
+            raise RecipeError(
+                f"model.source: no model '{name}' ships with the project (shipped: {', '.join(known) or 'none'}); "
+                "choose one of them, or preset:NAME."
+            )
+        return SHIPPED / name
+    if source.startswith("hf:"):
+        from lab_utils.models.hf import snapshot_folder
+
+        return snapshot_folder(source.removeprefix("hf:"))
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise RecipeError(
+            f"model.source: '{source}' is no folder; give base:NAME, preset:NAME, hf:ORG/NAME, or a folder with "
+            "config.json and safetensors."
+        )
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json`` of a checkpoint folder."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: config.json is missing; give a folder in transformers' layout.") from None
+    except ValueError:
+        raise CheckpointError(f"{folder / 'config.json'}: not valid JSON; copy the checkpoint again.") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise CheckpointError(f"{folder / 'config.json'}: no 'model_type'; give a folder in transformers' layout.")
+    return config
+
+
+def read_state_dict(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors, one file or sharded."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    state: dict[str, Tensor] = {}
+    for name in names:
+        try:
+            state.update(load_file(folder / name))
+        except FileNotFoundError:
+            raise CheckpointError(f"{folder}: {name} is missing; copy the checkpoint again.") from None
+        except SafetensorError as error:
+            raise CheckpointError(f"{folder / name}: truncated or damaged ({error}); copy it again.") from None
+    return state
+
+
+def save_pretrained(
+    model: Any, config: Any, out_dir: Path | str, dtype: torch.dtype | str | None = None
+) -> Path:
+    """Write config.json and safetensors in transformers' layout; the folder appears whole or not at all.
+
+    Args:
+        model: a module or a state dict with transformers' names.
+        dtype: cast matrices and vectors to it (the routers' correction bias stays fp32); None keeps each tensor's.
+
+    Raises:
+        CheckpointError: ``out_dir`` exists and is not an empty folder.
+    """
+    import torch
+
+    state = model if isinstance(model, dict) else model.state_dict()
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    out = Path(out_dir)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out}: already there and not empty; choose another folder or remove it.")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    tensors, stored = {}, set()
+    for name, tensor in state.items():
+        if tensor.numel() and tensor.data_ptr() in stored:
+            continue  # a tied weight: the file holds it once, under its first name
+        stored.add(tensor.data_ptr())
+        cast = dtype is not None and tensor.is_floating_point() and not name.endswith("e_score_correction_bias")
+        tensors[name] = tensor.detach().to("cpu", dtype if cast else None).contiguous()
+    tree = config.to_dict() | {"architectures": config.architectures or ["DeepseekV4ForCausalLM"]}
+    tree["dtype"] = str(next(t.dtype for n, t in tensors.items() if n.endswith("weight"))).removeprefix("torch.")
+    parts = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        _write_shards(tensors, parts)
+        (parts / "config.json").write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        parts.chmod(0o755)
+        if out.exists():
+            out.rmdir()
+        os.replace(parts, out)
+    except BaseException:
+        shutil.rmtree(parts, ignore_errors=True)
+        raise
+    return out
+
+
+def describe(source: str, document_length: int = 4096) -> dict[str, Any]:
+    """Sizes of a source: ``parameters`` (without MTP), ``parameters_mtp``, ``active_parameters``, ``by_component``,
+    ``flops_per_token`` (training, one document of ``document_length`` tokens)."""
+    config = load_config(source)
+    if config.model_type != "deepseek_v4":
+        from lab_utils.models.hf import describe_other
+
+        return {"source": source} | describe_other(config, document_length)
+    from lab_utils.models.deepseek_v4 import counting
+
+    parts = counting.parameters_by_component(config)
+    return {
+        "source": source,
+        "parameters": sum(parts.values()),
+        "parameters_mtp": counting.parameters_mtp(config),
+        "active_parameters": counting.active_parameters(config),
+        "by_component": parts,
+        "flops_per_token": counting.training_flops(config, [document_length]),
+        "document_length": document_length,
+    }
+
+
+def _load_deepseek_v4(folder: Path, options: dict[str, Any]) -> TrainableModel:
+    from transformers import DeepseekV4Config
+
+    from lab_utils.models.deepseek_v4.model import DeepseekV4
+
+    model = DeepseekV4(DeepseekV4Config.from_pretrained(folder), **options)
+    state, wanted = read_state_dict(folder), model.state_dict()
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise CheckpointError(f"{folder}: tensor {name} is missing; the checkpoint doesn't fit its config.json.")
+        if state[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{folder}: tensor {name} has shape {list(state[name].shape)}, config.json asks for "
+                f"{list(tensor.shape)}; use the config.json that belongs to these weights."
+            )
+    unknown = sorted(set(state) - set(wanted))
+    unknown = [name for name in unknown if not name.removeprefix("model.").startswith("mtp.")]
+    if unknown:
+        raise CheckpointError(f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a DeepSeek-V4 model.")
+    model.load_state_dict({name: state[name] for name in wanted})
+    return model
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        size += tensor.nbytes
+    if len(shards) == 1:
+        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    placed = {}
+    for i, shard in enumerate(shards, 1):
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        placed.update(dict.fromkeys(shard, file))
+    tree = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": placed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

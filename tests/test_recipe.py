@@ -1,0 +1,138 @@
+"""The recipe refuses what it doesn't know, and its hash depends on what changes the result and on nothing else."""
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lab_utils.errors import LayoutError, RecipeError
+from lab_utils.recipe import Recipe, parse_changes
+from lab_utils.registry import members
+
+
+@pytest.fixture
+def recipe() -> Recipe:
+    return Recipe.load("sft_tiny")
+
+
+@pytest.mark.parametrize("name", members("lab_utils.recipes"))
+def test_every_named_recipe_loads_and_survives_yaml_with_the_same_hash(name):
+    recipe = Recipe.load(name)
+    again = Recipe.parse(yaml.safe_load(recipe.to_yaml()))
+    assert again == recipe and again.hash == recipe.hash
+    recipe.layout()
+
+
+@pytest.mark.parametrize("name", members("lab_utils.recipes"))
+def test_every_named_recipe_says_what_it_is(name):
+    from lab_utils.registry import load
+
+    assert load("lab_utils.recipes", name).__doc__
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optim.lrr": 1}, "'optim.lrr' is no key of a recipe, did you mean 'lr'?"),
+        ({"optm.lr": 1}, "did you mean 'optim.lr'?"),
+        ({"schedul": {}}, "did you mean 'schedule'?"),
+        ({"optim.lr": -1}, "optim.lr"),
+        ({"optim.lr": "fast"}, "optim.lr"),
+        ({"schedule.steps": 1.5}, "schedule.steps"),
+        ({"data.train.3.weight": 2}, "data.train.3.weight"),
+        ({"tracking.wandb": "online"}, "tracking.base_url"),
+        ({"name": "a/b"}, "name"),
+    ],
+)
+def test_a_bad_change_is_answered_with_one_sentence_that_names_the_key(recipe, changes, says):
+    with pytest.raises(RecipeError) as error:
+        recipe.with_changes(changes)
+    assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_missing_recipe_is_answered_with_the_nearest_name():
+    with pytest.raises(RecipeError, match="did you mean 'sft_tiny'"):
+        Recipe.load("sft_tinny")
+
+
+def test_a_broken_yaml_file_is_named_with_its_line(tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text("name: x\ndata: [1, 2\n")
+    with pytest.raises(RecipeError, match=r"bad\.yaml: not valid YAML at line"):
+        Recipe.load(path)
+    path.write_text("- 1\n")
+    with pytest.raises(RecipeError, match="expected a mapping"):
+        Recipe.load(path)
+    with pytest.raises(RecipeError, match="no such recipe file"):
+        Recipe.load(tmp_path / "none.yaml")
+
+
+def test_the_hash_ignores_name_and_tracking_and_nothing_else(recipe):
+    same = recipe.with_changes({"name": "other", "tracking.log_every": 7})
+    assert same.hash == recipe.hash
+    for change in ({"seed": 1}, {"optim.lr": 1e-9}, {"data.row_tokens": 256}, {"model.dtype": "bfloat16"}):
+        assert recipe.with_changes(change).hash != recipe.hash, change
+
+
+@given(lr=st.floats(1e-8, 1.0), steps=st.integers(1, 10**6), seed=st.integers(0, 2**31))
+def test_text_from_a_command_line_means_the_same_as_a_value(lr, steps, seed):
+    recipe = Recipe.load("sft_tiny")
+    text = recipe.with_changes(
+        parse_changes([f"optim.lr={lr!r}", f"schedule.steps={steps}", f"seed={seed}"])
+    )
+    value = recipe.with_changes({"optim.lr": lr, "schedule.steps": steps, "seed": seed})
+    assert text == value and text.hash == value.hash
+
+
+def test_exponents_without_a_point_are_numbers(recipe):
+    assert recipe.with_changes({"optim.lr": "1e-4"}).optim.lr == 1e-4
+
+
+def test_a_pair_without_a_value_is_refused():
+    with pytest.raises(RecipeError, match="expected KEY=VALUE"):
+        parse_changes(["optim.lr"])
+
+
+def test_a_recipe_is_frozen(recipe):
+    with pytest.raises(Exception, match="frozen"):
+        recipe.seed = 3
+
+
+@given(dp=st.integers(1, 8), micro=st.integers(1, 8), accumulation=st.integers(1, 8))
+def test_a_layout_covers_the_batch_exactly(dp, micro, accumulation):
+    recipe = Recipe.load("sft_tiny").with_changes(
+        {
+            "schedule.batch_tokens": dp * micro * accumulation * 512,
+            "data.row_tokens": 512,
+            "schedule.micro_rows": micro,
+        }
+    )
+    assert recipe.layout(dp) == (dp, micro, accumulation)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ranks", "knob"),
+    [
+        ({"schedule.batch_tokens": 8191}, 2, "use 8192"),
+        ({}, 3, "multiple of 1536"),
+        ({"parallel.dp": 4}, 2, "parallel.dp=2"),
+        ({"schedule.micro_rows": 3}, 2, "divisor of 8"),
+    ],
+)
+def test_ranks_and_rows_that_do_not_divide_are_refused_with_the_knob(changes, ranks, knob):
+    base = {"schedule.batch_tokens": 8192, "data.row_tokens": 512, "schedule.micro_rows": None}
+    recipe = Recipe.load("sft_tiny").with_changes({**base, **changes})
+    with pytest.raises(LayoutError, match=knob):
+        recipe.layout(ranks)
+
+
+def test_every_field_is_described():
+    def fields(section, path=""):
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and hasattr(inner, "model_fields"):
+                yield from fields(inner, f"{path}{name}.")
+            elif name != "kind":
+                yield path + name, field.description
+
+    assert [name for name, description in fields(Recipe) if not description] == []
