@@ -65,13 +65,14 @@ def _train_plainly(folder: Path, limit: int | None) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+    from lab_utils.data.documents import encoding_of
     from lab_utils.data.loader import build_loader
-    from lab_utils.data.tokenizer import load_tokenizer
     from lab_utils.evaluation.worker import ask, compare, load_questions
-    from lab_utils.models.load import load_model, load_tokenizer_path, save_pretrained
+    from lab_utils.models.load import load_model, save_pretrained
 
     recipe = Recipe.load(folder / "recipe.yaml")
-    tokenizer = load_tokenizer(recipe.model.tokenizer or load_tokenizer_path(recipe.model.source))
+    encoding = encoding_of(recipe)
+    tokenizer = encoding.tokenizer
     loader = build_loader(recipe, tokenizer, rank=0, world_size=1)
     documents = loader.documents
     base = load_model(recipe.model.source, dtype=torch.float32, seed=recipe.seed)
@@ -121,7 +122,7 @@ def _train_plainly(folder: Path, limit: int | None) -> dict[str, Any]:
     save_pretrained(model.state_dict(), model.config, folder / "trained")
     questions = load_questions("ascent-tasks-prompts", "test", limit)
     trained = load_model(str(folder / "trained"), dtype=torch.float32)
-    result = compare(questions, {"after": ask(trained, tokenizer, questions, recipe.data.mode)})
+    result = compare(questions, {"after": ask(trained, encoding, questions)})
     return {
         "exact_match": result["exact_match"]["after"],
         "by_family": {family: row["after"] for family, row in result["by_family"].items()},

@@ -110,7 +110,7 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["what"] == "peak":
         from lab_utils.accelerators import get_accelerator
 
-        return {"peak_flops": get_accelerator(settings["device"]).peak_flops(settings["dtype"])}
+        return {"peak_flops": get_accelerator(settings["device"]).peak(settings["dtype"]).flops}
     if settings["what"] == "weights":
         from lab_utils.models.load import load_model, save_pretrained
 

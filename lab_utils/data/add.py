@@ -111,9 +111,8 @@ def add(
         replace: write over a manifest of that name.
 
     Raises:
-        DataError: unreadable, empty, of no known layout, or with bad rows (the first 20 are listed); nothing
-        is
-            written then.
+        DataError: unreadable, empty, of no known layout, or with bad rows (the first 20 are listed);
+            nothing is written then.
     """
     file = Path(path).resolve()
     if format != "auto" and format not in COLUMNS:

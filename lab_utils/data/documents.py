@@ -23,12 +23,14 @@ import numpy as np
 
 from lab_utils.data.encoding import encode_messages
 from lab_utils.data.fixed_texts import FixedTexts
-from lab_utils.data.sources import cache_root, check_file, locked
+from lab_utils.data.sources import cache_root, check_file, locked, writing
+from lab_utils.data.tokenizer import load_tokenizer
 from lab_utils.errors import DataError
 
 if TYPE_CHECKING:
     from lab_utils.data.manifest import Manifest
     from lab_utils.data.tokenizer import ChatTokenizer
+    from lab_utils.recipe import Recipe
 
 # Raised whenever this file or encoding.py gives other tokens or weights for the same row.
 VERSION = 1
@@ -249,17 +251,29 @@ def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
 
 def _write(folder: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     """The folder of a store: whole, then renamed into place."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".making"))
-    try:
-        for name, values in zip(("tokens", "supervised", "offsets"), arrays):
-            np.save(temporary / f"{name}.npy", values)
-        meta = {"documents": len(arrays[2]) - 1, "tokens": len(arrays[0]), "version": VERSION}
-        (temporary / "meta.json").write_text(json.dumps(meta))
-        os.chmod(temporary, 0o755)
-        shutil.rmtree(folder, ignore_errors=True)  # half a store of an earlier crash
-        os.rename(temporary, folder)
-    except OSError:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if not (folder / "meta.json").exists():  # else another process was quicker
-            raise
+    with writing(folder):
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=folder.name, suffix=".making"))
+        try:
+            for name, values in zip(("tokens", "supervised", "offsets"), arrays):
+                np.save(temporary / f"{name}.npy", values)
+            meta = {"documents": len(arrays[2]) - 1, "tokens": len(arrays[0]), "version": VERSION}
+            (temporary / "meta.json").write_text(json.dumps(meta))
+            os.chmod(temporary, 0o755)
+            os.rename(temporary, folder)
+        except OSError:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not (folder / "meta.json").exists():  # else another process was quicker
+                raise
+
+
+def encoding_of(recipe: Recipe) -> Encoding:
+    """The encoding that a recipe asks for: its tokenizer (else the weights' own, else the shipped), mode, texts.
+
+    Raises:
+        DataError: a tokenizer or an encoding folder that cannot be read.
+    """
+    from lab_utils.models.load import load_tokenizer_path
+
+    tokenizer = load_tokenizer(recipe.model.tokenizer or load_tokenizer_path(recipe.model.source))
+    texts = FixedTexts.from_encoding_folder(recipe.model.encoding) if recipe.model.encoding else None
+    return Encoding(tokenizer, recipe.data.mode, recipe.data.drop_thinking, texts)

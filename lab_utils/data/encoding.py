@@ -74,10 +74,9 @@ def encode_messages(
     """A conversation as segments; their texts joined are the string that the official encoder gives.
 
     Args:
-        messages: ``role`` (system, user, assistant, tool, developer, latest_reminder), ``content``, and where
-        they
-            apply ``reasoning_content``, ``tool_calls``, ``tool_call_id``, ``tools``, ``response_format``,
-            ``task`` (a quick instruction), ``wo_eos`` (an answer to be continued).
+        messages: ``role`` (system, user, assistant, tool, developer, latest_reminder), ``content``, and
+            where they apply ``reasoning_content``, ``tool_calls``, ``tool_call_id``, ``tools``,
+            ``response_format``, ``task`` (a quick instruction), ``wo_eos`` (an answer to be continued).
         tools: definitions that the system message shows; one is put in front if there is none.
         mode: ``chat`` answers at once, ``thinking`` reasons first.
         effort: ``max`` puts the text that asks for exhaustive reasoning first (thinking only); ``high`` adds

@@ -40,9 +40,8 @@ class PackedLoader:
         seed: of every shuffle.
         rank: this rank, 0 … world_size - 1.
         world_size: data-parallel ranks.
-        weights: passes over each source in an epoch, 1.0 by default; 0.5 takes one half in one epoch and the
-        other
-            in the next.
+        weights: passes over each source in an epoch, 1.0 by default; 0.5 takes one half in one epoch and
+            the other in the next.
         pad_id: token id in the padding.
         shuffle: False keeps the documents in their order (evaluation).
 

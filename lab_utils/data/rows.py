@@ -16,9 +16,8 @@ class PackedRows:
         input_ids: int64 [B, T].
         position_ids: int64 [B, T], from 0 in each document (and in the padding).
         document_ids: int64 [B, T], 0, 1, … along a row; -1 = padding.
-        loss_weights: float32 [B, T], the weight of predicting ``input_ids[b, t]`` from what precedes it in
-        its
-            document: 0 on each document's first token and on padding. The objective does the shift.
+        loss_weights: float32 [B, T], the weight of predicting ``input_ids[b, t]`` from what precedes it
+            in its document: 0 on each document's first token and on padding. The objective does the shift.
         side: further tensors of an objective, [B, T] or [B, D].
     """
 

@@ -200,17 +200,19 @@ def generated_file(name: str, source: GeneratedSource) -> Path:
 def _generate(name: str, source: GeneratedSource, path: Path) -> None:
     from lab_utils.data import generated
 
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".making")
+    with writing(path):
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".making")
     os.close(handle)
     try:
-        found = generated.write_jsonl(temporary, source.generator, source.arguments, source.seed)
+        with writing(path):
+            found = generated.write_jsonl(temporary, source.generator, source.arguments, source.seed)
         for key in ("rows", "bytes", "sha256"):
             expected = getattr(source, key)
             if found[key] != expected:
                 raise DataError(
                     f"Generator '{source.generator}' with {source.arguments}, seed {source.seed}: expected "
-                    f"{key} {expected} (manifest {name}), found {found[key]}: restore the generator, or raise "
-                    "the manifest's version with the new numbers."
+                    f"{key} {expected} (manifest {name}), found {found[key]}: restore the generator, or "
+                    "raise the manifest's version with the new numbers."
                 )
         os.replace(temporary, path)
     finally:
@@ -220,8 +222,22 @@ def _generate(name: str, source: GeneratedSource, path: Path) -> None:
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """One process at a time; on file systems without locks several do the same work, and one rename wins."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (path.parent / f"{path.name}.lock").open("w") as lock:
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = (path.parent / f"{path.name}.lock").open("w")
+    with lock:
         with suppress(OSError):
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A full or read-only disk as one sentence."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{path.parent}: the cache cannot be written ({error.strerror or error}): free space there, or set "
+            "ASCENT_CACHE to another folder."
+        ) from None

@@ -40,27 +40,23 @@ def load_questions(manifest: str, split: str, limit: int | None) -> list[dict[st
     return spread[:limit]
 
 
-def ask(model: Any, tokenizer: Any, questions: list[dict[str, Any]], mode: str = "chat") -> list[str]:
+def ask(model: Any, encoding: Any, questions: list[dict[str, Any]]) -> list[str]:
     """Greedy answers, one a question, without the end token.
 
     Args:
         model: a TrainableModel; it is put into evaluation mode and back.
-        tokenizer: a ChatTokenizer.
+        encoding: the ``Encoding`` of the recipe: tokenizer, mode, fixed texts.
         questions: rows with ``messages`` and, for tool calls, ``tools``.
-        mode: reasoning mode of the encoding.
     """
-    from lab_utils.data.encoding import encode_messages
     from lab_utils.models.generate import greedy_generate
 
-    prompts = []
-    for row in questions:
-        segments = encode_messages(row["messages"], tools=row.get("tools"), mode=mode, add_generation_prompt=True)
-        prompts.append(tokenizer.encode_segments([(s.text, s.markup) for s in segments])[0])
+    tokenizer = encoding.tokenizer
+    prompts = [encoding.prompt_ids(row) for row in questions]
     training = model.training
     model.eval()
     generated = greedy_generate(model, prompts, max_new_tokens=NEW_TOKENS, eos_id=tokenizer.eos_id)
     model.train(training)
-    return [tokenizer.decode([t for t in ids if t != tokenizer.eos_id]) for ids in generated]
+    return [tokenizer.decode(ids) for ids in generated]
 
 
 def compare(questions: list[dict[str, Any]], answers: dict[str, list[str]]) -> dict[str, Any]:
@@ -99,8 +95,8 @@ def report(path: Path, manifest: str, split: str, limit: int | None) -> dict[str
     """The report of a run: its start weights beside its last complete checkpoint; written by rename."""
     import torch
 
-    from lab_utils.data.tokenizer import load_tokenizer
-    from lab_utils.models.load import load_model, load_tokenizer_path
+    from lab_utils.data.documents import encoding_of
+    from lab_utils.models.load import load_model
     from lab_utils.runs.directory import RunDirectory
 
     run = RunDirectory(path)
@@ -109,11 +105,11 @@ def report(path: Path, manifest: str, split: str, limit: int | None) -> dict[str
         raise RunError(f"{path.name} has no complete checkpoint to evaluate: let it save one (schedule.save_every).")
     recipe = run.recipe
     questions = load_questions(manifest, split, limit)
-    tokenizer = load_tokenizer(recipe.model.tokenizer or load_tokenizer_path(recipe.model.source))
+    encoding = encoding_of(recipe)
     started, answers = time.time(), {}
     for stage, source in (("before", recipe.model.source), ("after", str(checkpoints[-1] / "model"))):
         model = load_model(source, dtype=torch.float32, seed=recipe.seed)
-        answers[stage] = ask(model, tokenizer, questions, recipe.data.mode)
+        answers[stage] = ask(model, encoding, questions)
         print(f"{stage}: {len(questions)} questions answered, {time.time() - started:.0f} s", flush=True)
     result = {
         "run": path.name,

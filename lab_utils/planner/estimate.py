@@ -69,7 +69,7 @@ def estimate(recipe: Recipe) -> Estimate:
     from lab_utils.models.load import describe
 
     ranks, _, _ = recipe.layout()
-    model = describe(recipe.model.source, length=recipe.data.row_tokens)
+    model = describe(recipe.model.source, document_length=recipe.data.row_tokens)
     parameters = model["parameters"]
     shards = ranks if recipe.parallel.zero else 1
     working = 4 if recipe.model.dtype == "float32" else 2
@@ -77,7 +77,7 @@ def estimate(recipe: Recipe) -> Estimate:
     optimizer = 8 if recipe.model.dtype == "float32" else 12
     tokens = recipe.schedule.batch_tokens
     accelerator = get_accelerator(recipe.cluster.accelerator)
-    peak = accelerator.peak_flops(recipe.model.dtype)
+    peak = accelerator.peak(recipe.model.dtype).flops
     utilisation = UTILISATION[accelerator.name]
     flops = model["flops_per_token"] * tokens
     return Estimate(

@@ -16,7 +16,7 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def make_set(tmp_path):
-    """``make_set(rows, format="messages", file="train.jsonl")``: a set on disk; returns its manifest's path."""
+    """``make_set(rows, format="messages", file="train.jsonl")``: a set on disk; its manifest's path."""
 
     def make(rows: list, format: str = "messages", file: str = "train.jsonl", **more) -> Path:
         path = write_jsonl(tmp_path / file, rows)

@@ -13,7 +13,7 @@ from lab_utils import cli
 
 @pytest.fixture
 def lab(monkeypatch, capsys, tmp_path):
-    """``lab("list", "--json")`` as the console script runs it; returns exit code, standard output and error."""
+    """``lab("list", "--json")`` as the console script runs it: exit code, standard output, standard error."""
     monkeypatch.setenv("ASCENT_MANIFESTS", str(tmp_path))
 
     def run(*words: str) -> tuple[int, str, str]:

@@ -93,7 +93,8 @@ def test_reasoning_of_earlier_turns_stays_when_asked():
 def test_tools_have_the_published_form_around_the_fixed_texts():
     schema = json.dumps(CLOCK["function"])
     assert render(TOOLS, tools=[CLOCK], mode="thinking", texts=TEXTS) == (
-        f"{BOS}Use tools.\n\n{{HEAD}}{schema}{{TAIL}}{USER}Time in Oslo?{ASSISTANT}<think>Ask the clock.</think>\n\n"
+        f"{BOS}Use tools.\n\n{{HEAD}}{schema}{{TAIL}}{USER}Time in Oslo?{ASSISTANT}"
+        "<think>Ask the clock.</think>\n\n"
         "<｜DSML｜tool_calls>\n"
         '<｜DSML｜invoke name="clock">\n'
         '<｜DSML｜parameter name="city" string="true">Oslo</｜DSML｜parameter>\n'

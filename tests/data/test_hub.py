@@ -179,7 +179,7 @@ def test_pinning_without_a_connection_is_one_sentence(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Api)
     with pytest.raises(
-        DataError, match="gives no answer about openai/gsm8k .*Offline.*connected machine"
+        DataError, match=r"gives no answer about openai/gsm8k .*Offline.*connected machine"
     ) as error:
         hub.pin(load_manifest("gsm8k"))
     assert "\n" not in str(error.value)
@@ -192,7 +192,7 @@ def test_a_pinned_set_that_is_not_here_says_where_to_get_it(hub_stand_in, monkey
         raise huggingface_hub.errors.LocalEntryNotFoundError("not in the cache")
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", offline)
-    with pytest.raises(DataError, match="not in the hub's cache.*lab data verify gsm8k"):
+    with pytest.raises(DataError, match=r"not in the hub's cache.*lab data verify gsm8k"):
         pinned.files("train")
 
 

@@ -24,7 +24,7 @@ T = 16
 
 
 def store(lengths: list[int], start: int = 0, key: str = "k") -> Documents:
-    """Documents whose every token is ``100 × (number + start) + position`` and half of whose tokens bear loss."""
+    """Documents whose tokens are ``100 × (number + start) + position``, every other one with loss."""
     tokens = [100 * (start + d) + t for d, n in enumerate(lengths) for t in range(n)]
     supervised = np.array([t % 2 == 1 for t in tokens], np.bool_)
     offsets = np.cumsum([0, *lengths])

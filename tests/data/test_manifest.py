@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
 import os
@@ -119,7 +120,7 @@ def test_a_wrong_number_of_rows_is_told(make_set):
             "line 3: messages, message 1: the assistant speaks",
         ),
         (chat("x", ""), "line 3: messages, message 2: the assistant says nothing"),
-        ({**chat("x", "y"), "tools": {}}, "line 3: expected 'tools' as a list"),
+        ({**chat("x", "y"), "tools": {"a": 1}}, "line 3: expected 'tools' as a list"),
     ],
 )
 def test_a_malformed_row_is_named_by_its_line(make_set, row, says):
@@ -241,6 +242,27 @@ def test_threads_that_ask_at_once_tokenise_once(make_set, monkeypatch):
     for thread in threads:
         thread.join()
     assert len(calls) == 1 and len({d.key for d in found}) == 1 and [len(d) for d in found] == [50] * 3
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(make_set, monkeypatch):
+    manifest, encoding = load_manifest(make_set([chat("disk", "full")])), Encoding(load_tokenizer())
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(documents.np, "save", full)
+        with pytest.raises(DataError, match="cannot be written .No space left on device.: free space"):
+            load_documents(manifest, "train", encoding)
+    assert not list((sources.cache_root() / "tokens").glob("*.making"))
+    assert len(load_documents(manifest, "train", encoding)) == 1
+
+
+def test_a_cache_that_cannot_be_a_folder_is_told(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file")
+    monkeypatch.setenv("ASCENT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="the cache cannot be written"):
+        list(load_manifest(generated_set(tmp_path)).rows("train"))
 
 
 def test_tokens_are_cached_by_data_tokenizer_and_encoding(make_set):

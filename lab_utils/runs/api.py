@@ -1,0 +1,304 @@
+"""Launch, follow, stop and resume runs; what the notebook, the command line and the widgets share.
+
+    run = launch(Recipe.load("sft_tiny"))
+    run.wait()                    # a bar; interrupting it leaves the run alone
+    run.metrics()["train/loss"]   # a DataFrame indexed by step
+    attach("last").stop()         # in another kernel, after a checkpoint
+
+Nothing here holds a device or imports torch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab_utils.errors import RunError
+from lab_utils.launchers._base import Launcher, get_launcher
+from lab_utils.recipe import Recipe
+from lab_utils.runs import provenance
+from lab_utils.runs.checks import preflight
+from lab_utils.runs.directory import RunDirectory, all_runs, create, default_root, find
+from lab_utils.runs.states import FINAL, JobState, derive
+from lab_utils.telemetry.console import Progress
+from lab_utils.telemetry.jsonl import Tail
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+POLL_SECONDS = 0.5
+# Between a worker's "succeeded" and the end of its job lie the closing of sinks and processes.
+CLOSING_SECONDS = 60.0
+
+
+class Run:
+    """A run, wherever it was started; made by ``launch``, ``attach`` and ``list_runs``."""
+
+    def __init__(self, directory: RunDirectory):
+        self.directory = directory
+
+    def __repr__(self) -> str:
+        status = self.status
+        return f"<Run {self.name}: {status['state']}, step {status['step']} of {status['total_steps']}>"
+
+    @property
+    def name(self) -> str:
+        return self.directory.name
+
+    @property
+    def path(self) -> Path:
+        return self.directory.path
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.directory.recipe
+
+    @property
+    def launcher(self) -> Launcher:
+        return get_launcher(self.directory.status.get("launcher") or self.recipe.cluster.launcher)
+
+    # -- where it stands -------------------------------------------------------------------------------
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """``state``, ``step``, ``total_steps``, ``heartbeat``, ``job``, ``error`` … as of now.
+
+        ``state`` is ``lost`` (or ``failed``, where a rank left its reason) for a run whose heartbeat is old
+        and whose job the launcher doesn't know; that is concluded on reading and not written.
+        """
+        status = {"step": 0, "total_steps": 0, "error": None, **self.directory.status}
+        stored = status.get("state")
+        # Asking for a job costs more than reading a file: only where the answer matters.
+        open_ended = stored not in FINAL and stored is not None
+        job = self.launcher.status(self.directory) if open_ended else JobState.GONE
+        status["state"] = derive(stored, status.get("heartbeat"), time.time(), job)
+        if status["state"] == "lost" and stored != "lost":
+            status |= self._why_lost(status)
+        return status
+
+    def _why_lost(self, status: dict[str, Any]) -> dict[str, Any]:
+        from lab_utils.launchers._failure import rank_reports
+
+        if reports := rank_reports(
+            self.directory.logs, status.get("started") or status.get("created") or 0.0
+        ):
+            return {"state": "failed", "error": reports[0]["error"], "failed_rank": reports[0]["rank"]}
+        if not status.get("heartbeat"):
+            return {"error": f"status.json of {self.name} cannot be read: lab runs resume {self.name}."}
+        age = max(time.time() - status["heartbeat"], 0)
+        return {
+            "error": f"No sign of life for {age:.0f} s and no job: its processes were ended from outside; "
+            f"lab runs resume {self.name} goes on from the last checkpoint."
+        }
+
+    @property
+    def state(self) -> str:
+        return self.status["state"]
+
+    def metrics(self) -> pd.DataFrame:
+        """Everything logged, a row a step, columns as in docs/metrics.md.
+
+        A resumed run logs the steps after its checkpoint again: the later lines replace the earlier ones, and
+        what an abandoned attempt had logged beyond them is left out.
+        """
+        import pandas as pd
+
+        table = merge_steps(self.directory.rows("metrics.jsonl"))
+        frame = pd.DataFrame.from_dict(table, orient="index")
+        frame.index = pd.Index(frame.index, name="step", dtype="int64")
+        return frame.apply(pd.to_numeric, errors="coerce").sort_index()
+
+    def summary(self) -> dict[str, Any]:
+        """What ``lab runs show --json`` prints: run, path, state, step, metrics (last values) and more."""
+        status = self.status
+        last: dict[str, Any] = {}
+        for _, values in sorted(merge_steps(self.directory.rows("metrics.jsonl")).items()):
+            last |= values
+        last.pop("time", None)
+        recipe = self.recipe
+        return {
+            "run": self.name,
+            "path": str(self.path),
+            "state": status["state"],
+            "step": status["step"],
+            "total_steps": status["total_steps"],
+            "metrics": last,
+            "error": status["error"],
+            "recipe": recipe.name,
+            "recipe_hash": recipe.hash,
+            "ranks": status.get("world_size") or recipe.cluster.nproc,
+            "launcher": status.get("launcher"),
+            "job": status.get("job"),
+            "created": status.get("created"),
+            "started": status.get("started"),
+            "finished": status.get("finished"),
+            "checkpoints": [path.name for path in self.directory.checkpoints()],
+        }
+
+    def logs(self, n: int = 50, rank: int | None = None) -> str:
+        """The last ``n`` lines of every log, or of one rank's."""
+        return self.launcher.logs(self.directory, n, rank)
+
+    # -- following -------------------------------------------------------------------------------------
+
+    def wait(self, timeout: float | None = None, progress: bool = True) -> Run:
+        """Return when the run has ended; show a bar (or, in a log file, a line now and then) until then.
+
+        Interrupting this call, or a timeout, leaves the run alone.
+
+        Raises:
+            RunError: the run failed or was lost (with ``progress`` the end of its log is printed first), or
+                still goes on after ``timeout`` seconds.
+        """
+        began = time.monotonic()
+        tail = Tail(self.path / "metrics.jsonl")
+        total = self.directory.status.get("total_steps") or 0
+        bar = Progress(total, self.name, every=15.0) if progress else None
+        ended: float | None = None
+        try:
+            while True:
+                status = self.status
+                if bar is not None:
+                    values = {
+                        k: v for row in tail.rows() for k, v in row.items() if k not in ("step", "time")
+                    }
+                    bar.update(int(status["step"] or 0), values, status["state"])
+                if status["state"] in FINAL:
+                    ended = ended or time.monotonic()
+                    closing = self.launcher.status(self.directory) == JobState.RUNNING
+                    if not closing or time.monotonic() - ended > CLOSING_SECONDS:
+                        break
+                if timeout is not None and time.monotonic() - began > timeout:
+                    raise RunError(
+                        f"{self.name} is still {status['state']} at step {status['step']} after "
+                        f"{timeout:g} s: it goes on; wait again, or stop it with lab runs stop {self.name}."
+                    )
+                time.sleep(POLL_SECONDS)
+        finally:
+            if bar is not None:
+                bar.close()
+        status = self.status  # the supervisor may have found a better reason since
+        if status["state"] in ("failed", "lost"):
+            if progress:
+                print(self._last_lines(status), file=sys.stderr)
+            raise RunError(f"{self.name} {_verb(status['state'])}: {status['error'] or 'see its logs'}")
+        return self
+
+    def _last_lines(self, status: dict[str, Any]) -> str:
+        rank = status.get("failed_rank")
+        text = self.logs(20, rank if rank is not None else 0) or self.logs(20)
+        return f"--- end of the log ({self.path / 'logs'})\n{text}\n---"
+
+    # -- steering --------------------------------------------------------------------------------------
+
+    def stop(self, checkpoint: bool = True, wait: float | None = None) -> Run:
+        """Ask the run to end at its next step.
+
+        Args:
+            checkpoint: save first, so that ``resume`` loses nothing.
+            wait: seconds to wait for the end; absent: as long as it takes; 0: return at once.
+
+        Raises:
+            RunError: the run has ended already, or ended badly, or not within ``wait``.
+        """
+        status = self.status
+        if status["state"] in FINAL:
+            raise RunError(f"{self.name} has ended already ({status['state']}): there is nothing to stop.")
+        self.launcher.stop(self.directory, checkpoint)
+        self.directory.append(
+            "events.jsonl",
+            {"time": time.time(), "kind": "stop_requested", "message": f"checkpoint={checkpoint}"},
+        )
+        return self if wait == 0 else self.wait(timeout=wait, progress=False)
+
+    def resume(self) -> Run:
+        """Go on from the last complete checkpoint, on the same directory; returns at once.
+
+        Raises:
+            RunError: the run still goes on, or has done all its steps.
+            LabError: what a launch would refuse too: data, disk, devices.
+        """
+        status = self.status
+        if status["state"] not in FINAL and status["state"] != "created":
+            raise RunError(
+                f"{self.name} is {status['state']}: follow it with lab runs show, or stop it first."
+            )
+        if status["state"] == "succeeded":
+            raise RunError(
+                f"{self.name} has done all its {status['total_steps']} steps: to train on, start a new run "
+                f"with --set model.source=CHECKPOINT/model, a folder of {self.path}/checkpoints."
+            )
+        recipe = self.recipe
+        preflight(recipe, self.path.parent)
+        if self.directory.status.get("state") not in FINAL:
+            self.directory.write_status(state="lost", heartbeat=status.get("heartbeat"))
+        provenance.write(self.path, recipe)
+        self.directory.request(None)
+        _submit(self.directory, recipe)
+        return self
+
+
+def _submit(directory: RunDirectory, recipe: Recipe) -> None:
+    directory.write_status(error=None, failed_rank=None, finished=None, exit_code=None, started=None)
+    get_launcher(recipe.cluster.launcher).submit(directory, recipe)
+
+
+def _verb(state: str) -> str:
+    return "was lost" if state == "lost" else state
+
+
+def merge_steps(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """Logged lines by step; a step that comes again after a later one starts a new attempt from there."""
+    table: dict[int, dict[str, Any]] = {}
+    newest = -1
+    for row in rows:
+        if not isinstance(row.get("step"), int):
+            continue
+        values = dict(row)
+        step = values.pop("step")
+        if step < newest:
+            table = {s: v for s, v in table.items() if s < step}
+        newest = step
+        table.setdefault(step, {}).update(values)
+    return table
+
+
+def launch(recipe: Recipe | str | Path, *, root: str | Path | None = None, wait: bool = False) -> Run:
+    """Check everything, make the run directory, start the job.
+
+    Args:
+        recipe: a recipe, the name of one, or a YAML file.
+        root: folder of runs; absent: ``ASCENT_RUNS``, else ``./runs``.
+        wait: return when the run has ended instead of at once.
+
+    Raises:
+        LayoutError: ranks, batch and rows do not divide, or there are fewer devices than ranks.
+        DataError: a manifest or file is missing or not what it should be.
+        RunError: no room on the disk, or the job could not be started.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    root = Path(root) if root is not None else default_root()
+    get_launcher(recipe.cluster.launcher)
+    preflight(recipe, root)
+    directory = create(recipe, root)
+    provenance.write(directory.path, recipe)
+    _submit(directory, recipe)
+    run = Run(directory)
+    return run.wait() if wait else run
+
+
+def attach(run: str | Path = "last", root: str | Path | None = None) -> Run:
+    """A run by name, unique prefix, path, or ``last``, in any process.
+
+    Raises:
+        RunError: none or several fit.
+    """
+    return Run(find(run, root))
+
+
+def list_runs(root: str | Path | None = None) -> list[Run]:
+    """All runs, newest first."""
+    return [Run(directory) for directory in reversed(all_runs(root))]

@@ -1,0 +1,146 @@
+"""What is looked at before a run starts: layout, data, disk, devices; each fails with one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+from lab_utils.errors import DataError, LayoutError, RunError
+from lab_utils.recipe import Recipe
+from lab_utils.registry import members, nearest
+
+GIB = 2**30
+# Logs, metrics, W&B's files and an executed notebook.
+SMALL_FILES = 256 * 2**20
+
+
+def check_data(recipe: Recipe) -> None:
+    """Every manifest that the recipe names is there and its files are what it says.
+
+    Raises:
+        DataError: the first problem, and how many more there are.
+    """
+    from lab_utils.data.manifest import load_manifest
+
+    used: dict[str, set[str]] = {}
+    for source in (*recipe.data.train, *recipe.data.validation):
+        used.setdefault(source.manifest, set()).add(source.split)
+    for name, splits in used.items():
+        manifest = load_manifest(name)
+        for split in splits:
+            manifest.source(split)
+        # Only what the run reads: a set may have other splits, which may be large or not be here.
+        used_part = manifest.model_copy(update={"splits": {s: manifest.splits[s] for s in sorted(splits)}})
+        problems = used_part.verify()
+        if problems:
+            more = f" ({len(problems) - 1} more: lab data verify {name})" if len(problems) > 1 else ""
+            raise DataError(f"{problems[0].message.rstrip('.')}{more}.")
+
+
+def parameters_of(folder: Path) -> int | None:
+    """Values in the safetensors files of ``folder``, from their headers; None where there are none."""
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        try:
+            with file.open("rb") as stream:
+                header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        except (OSError, ValueError):
+            return None
+        total += sum(math.prod(t["shape"]) for key, t in header.items() if key != "__metadata__")
+    return total or None
+
+
+def disk_needed(recipe: Recipe) -> tuple[int, int]:
+    """Bytes that the run will write at its fullest, and those of one checkpoint (0 where that isn't known).
+
+    A checkpoint holds the weights in the working precision, AdamW's two fp32 moments and, below fp32, the
+    master weights. One more than ``keep_last`` exists while the newest is being written.
+    """
+    source = recipe.model.source
+    if source.startswith("base:"):
+        folder = Path(__file__).resolve().parents[1] / "models" / "shipped" / source.removeprefix("base:")
+    else:
+        folder = Path(source)
+    parameters = parameters_of(folder) if folder.is_dir() else None
+    if parameters is None:
+        return SMALL_FILES, 0
+    checkpoint = parameters * (12 if recipe.model.dtype == "float32" else 14)
+    saves = math.ceil(recipe.schedule.steps / recipe.schedule.save_every) if recipe.schedule.save_every else 1
+    return SMALL_FILES + checkpoint * (min(saves, recipe.schedule.keep_last) + 1), checkpoint
+
+
+def check_disk(recipe: Recipe, root: Path) -> None:
+    """The file system of ``root`` has room for the run.
+
+    Raises:
+        RunError: it has not; the message gives both numbers.
+    """
+    place = root.resolve()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    needed, checkpoint = disk_needed(recipe)
+    if free < needed:
+        part = f", {checkpoint / GIB:.2f} GiB a checkpoint" if checkpoint else ""
+        raise RunError(
+            f"{root} has {free / GIB:.2f} GiB free and the run needs about {needed / GIB:.2f} GiB{part}: "
+            f"free some space, point ASCENT_RUNS elsewhere, or lower schedule.keep_last."
+        )
+
+
+def device_kind(recipe: Recipe) -> str:
+    """The kind of device that the recipe will use on this machine, from its drivers alone, without torch.
+
+    Raises:
+        LayoutError: ``ASCENT_ACCELERATOR`` names no kind of device.
+    """
+    from lab_utils.telemetry.chips import PROBES, count
+
+    wanted = os.environ.get("ASCENT_ACCELERATOR") or recipe.cluster.accelerator
+    if wanted != "auto":
+        if wanted not in members(PROBES):
+            hint = nearest(wanted, ["auto", *members(PROBES)])
+            raise LayoutError(f"There is no accelerator '{wanted}' (ASCENT_ACCELERATOR): {hint.rstrip('.')}.")
+        return wanted
+    return next((kind for kind in ("npu", "cuda") if count(kind)), "cpu")
+
+
+def check_accelerator(recipe: Recipe) -> None:
+    """The devices asked for by name are on this machine, one for each rank. ``auto`` is left to the engine.
+
+    Raises:
+        LayoutError: none of the kind, or fewer than ranks.
+    """
+    from lab_utils.telemetry.chips import count
+
+    kind, nproc = device_kind(recipe), recipe.cluster.nproc
+    named = "auto" not in (recipe.cluster.accelerator, os.environ.get("ASCENT_ACCELERATOR"))
+    if kind == "cpu" or not named:
+        return
+    chips = count(kind)
+    if chips == 0:
+        raise LayoutError(
+            f"cluster.accelerator is '{kind}', but no {kind} device is visible on this machine: "
+            f"run it where there is one, or set cluster.accelerator=auto."
+        )
+    if nproc > chips:
+        raise LayoutError(
+            f"cluster.nproc={nproc} asks for {nproc} {kind} devices but {chips} are visible here: "
+            f"set cluster.nproc={chips}, or make more of them visible."
+        )
+
+
+def preflight(recipe: Recipe, root: Path) -> None:
+    """All checks, the cheapest first. The devices are the local launcher's business; a cluster has its own.
+
+    Raises:
+        LabError: the first thing that would keep the run from starting.
+    """
+    recipe.layout()
+    if recipe.cluster.launcher == "local":
+        check_accelerator(recipe)
+    check_disk(recipe, root)
+    check_data(recipe)
