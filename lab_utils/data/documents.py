@@ -267,7 +267,7 @@ def _write(folder: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> N
 
 
 def encoding_of(recipe: Recipe) -> Encoding:
-    """The encoding that a recipe asks for: its tokenizer (else the weights' own, else the shipped), mode, texts.
+    """The encoding that a recipe asks for: its tokenizer (or the weights' own, or the shipped), mode, texts.
 
     Raises:
         DataError: a tokenizer or an encoding folder that cannot be read.

@@ -131,7 +131,7 @@ def check_file(path: Path, sha256: str, size: int, name: str, *, remembered: boo
     """
     try:
         stat = path.stat()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
             f"{path}: the file is missing, but manifest {name} expects {size} bytes with sha256 "
             f"{sha256[:16]}…: "
@@ -238,6 +238,6 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise DataError(
-            f"{path.parent}: the cache cannot be written ({error.strerror or error}): free space there, or set "
-            "ASCENT_CACHE to another folder."
+            f"{path.parent}: the cache cannot be written ({error.strerror or error}): free space there, "
+            "or set ASCENT_CACHE to another folder."
         ) from None

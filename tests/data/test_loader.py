@@ -150,7 +150,7 @@ def test_state_of_other_data_is_refused():
 
 
 def test_rows_that_ranks_cannot_share_are_refused():
-    with pytest.raises(LayoutError, match="set schedule.batch_tokens to a multiple of 48"):
+    with pytest.raises(LayoutError, match=r"set schedule.batch_tokens to a multiple of 48"):
         loader([store([3])], rows_per_step=4, world=3)
 
 
@@ -252,3 +252,17 @@ def test_changed_data_is_noticed_although_its_tokens_are_cached(make_set):
     write_jsonl(manifest.parent / "train.jsonl", [chat("Hi", "Hallo")] * 8)
     with pytest.raises(DataError, match="expected sha256"):
         build_loader(recipe(manifest), load_tokenizer(), rank=0, world_size=1)
+
+
+def test_the_official_texts_of_a_checkpoint_are_what_is_trained_on(make_set, tmp_path):
+    (tmp_path / "encoding_dsv4.py").write_text(
+        "TOOLS_TEMPLATE = 'Zebra\\n{tool_schemas}\\nQuagga'\n"
+        "REASONING_EFFORT_MAX = 'x'\nresponse_format_template = '{schema}'\n"
+    )
+    tool = {"type": "function", "function": {"name": "f"}}
+    manifest, tokenizer = make_set([{**chat("a", "b"), "tools": [tool]}] * 4), load_tokenizer()
+    official = recipe(manifest, model={"encoding": str(tmp_path)})
+    rows = build_loader(official, tokenizer, rank=0, world_size=1).next_step()
+    assert "Zebra" in tokenizer.decode(rows.input_ids[0].tolist())
+    shipped = build_loader(recipe(manifest, row_tokens=256), tokenizer, rank=0, world_size=1).next_step()
+    assert "Zebra" not in tokenizer.decode(shipped.input_ids[0].tolist())

@@ -252,7 +252,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_nothing_half(make_set, monkeypat
 
     with monkeypatch.context() as patched:
         patched.setattr(documents.np, "save", full)
-        with pytest.raises(DataError, match="cannot be written .No space left on device.: free space"):
+        with pytest.raises(DataError, match=r"cannot be written .No space left on device.: free space"):
             load_documents(manifest, "train", encoding)
     assert not list((sources.cache_root() / "tokens").glob("*.making"))
     assert len(load_documents(manifest, "train", encoding)) == 1

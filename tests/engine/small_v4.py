@@ -1,4 +1,6 @@
-"""A DeepSeek-V4 of a few thousand weights with every layer type, and documents that can be packed in two ways."""
+"""A DeepSeek-V4 of a few thousand weights with every layer type, and documents that can be packed in two
+ways.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ class DocumentRows:
 
 
 def indexer_counts(config: Any, position_ids: torch.Tensor, document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Queries of the indexer's KL loss: tokens that see a whole compressed entry of their document, in every layer."""
+    """Queries of the indexer's KL loss: tokens that see a whole compressed entry of their document, in every
+    layer.
+    """
     name = "compressed_sparse_attention"
     sees = (document_ids >= 0) & (position_ids >= config.compress_rates[name] - 1)
     return {"indexer_kl": sees.sum() * config.layer_types.count(name)}

@@ -1,4 +1,6 @@
-"""A small model and loader for trials of the engine: odd shapes, packed documents, an fp32 island, an auxiliary loss."""
+"""A small model and loader for trials of the engine: odd shapes, packed documents, an fp32 island, an
+auxiliary loss.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ VOCAB, WIDTH, INNER = 37, 10, 23
 
 
 class TinyModel(nn.Module):
-    """Each token sees the decayed sum of the earlier ones of its document; shapes that two ranks can't split evenly."""
+    """Each token sees the decayed sum of the earlier ones of its document; shapes that two ranks can't split
+    evenly.
+    """
 
     def __init__(self, seed: int, dtype: torch.dtype = torch.float32, checkpointing: str = "none") -> None:
         super().__init__()

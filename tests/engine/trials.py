@@ -97,7 +97,9 @@ def losses(folder: Path) -> list[float]:
 
 
 def plain_loop(spec: Recipe, dtype: torch.dtype = torch.float32) -> tuple[list[float], list[float], TinyModel]:
-    """The same training as a textbook writes it: one process, whole batches, no ColossalAI, none of our engine."""
+    """The same training as a textbook writes it: one process, whole batches, no ColossalAI, none of our
+    engine.
+    """
     model = TinyModel(spec.seed, dtype)
     loader = RowLoader(spec.rows_per_step, spec.data.row_tokens, spec.seed, 0, 1)
     groups = parameter_groups(model, spec.optim.weight_decay)
@@ -332,7 +334,9 @@ def keeps_the_last(folder: Path) -> Any:
 
 @trial
 def survives_a_full_disk(folder: Path) -> Any:
-    """A file-size limit stands for the disk: the later checkpoint fails, the earlier one is untouched and resumable."""
+    """A file-size limit stands for the disk: the later checkpoint fails, the earlier one is untouched and
+    resumable.
+    """
     import resource
     import signal
 

@@ -57,7 +57,7 @@ def test_a_failing_cell_is_one_sentence_and_its_copy_is_kept(tmp_path):
 
 @pytest.mark.slow
 def test_the_tour_ends_with_a_panel(tmp_path):
-    done = notebooks.execute("00_tour", {"rows": 2, "row_tokens": 128}, root=tmp_path, progress=False)
+    done = notebooks.execute("00_tour", {"rows": 2, "row_tokens": 384}, root=tmp_path, progress=False)
     run = Path(done["runs"][0])
     assert Path(done["notebook"]).parent == run and (run / "00_tour.html").exists()
     text = Path(done["notebook"]).read_text()
