@@ -22,7 +22,7 @@ def recipe() -> Recipe:
         ),
         optim=OptimSection(lr=2e-3),
         schedule=ScheduleSection(
-            steps=200, batch_tokens=8192, warmup_steps=20, save_every=100, eval_every=50
+            steps=500, batch_tokens=4096, warmup_steps=20, final_lr_ratio=0.05, eval_every=100, save_every=250
         ),
         cluster=ClusterSection(nproc=2),
     )
