@@ -22,3 +22,13 @@ def working_dtype(x: torch.Tensor) -> torch.dtype:
 def full_dtype(x: torch.Tensor) -> torch.dtype:
     """fp32, or fp64 where the input already is (gradient checks)."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def break_ties(scores: torch.Tensor) -> torch.Tensor:
+    """Scores ``[…, L]`` whose exact zeros fall off with their place: of several, the earliest entry ranks first.
+
+    A relu makes index scores that are exactly zero; ``topk`` would choose among them by memory layout, and a packed
+    document could select other entries than it does alone.
+    """
+    place_L = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
+    return torch.where(scores == 0, place_L * -1e-30, scores)

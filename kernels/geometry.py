@@ -164,13 +164,13 @@ class BlockPlan:
         end_GW = self.end_BJW[part].reshape(-1, W, 1)
         return (slots_GL[:, None] >= first_GW) & (slots_GL[:, None] < end_GW)
 
-    def take(self, x_BT: Tensor, chunk: Chunk) -> Tensor:
-        """A fresh ``[G, W, …]`` copy of a chunk's tokens, zero-padded past the end of the row."""
+    def take(self, x_BT: Tensor, chunk: Chunk, fill: float = 0) -> Tensor:
+        """A chunk's tokens ``[G, W, …]``, padded with ``fill`` past the end of the row."""
         W, T = self.window, self.geometry.T
         x = x_BT[chunk.row_0 : chunk.row_1, chunk.block_0 * W : min(chunk.block_1 * W, T)]
         pad = (chunk.block_1 - chunk.block_0) * W - x.shape[1]
         if pad:
-            x = torch.cat([x, x.new_zeros(x.shape[0], pad, *x.shape[2:])], 1)
+            x = torch.cat([x, x.new_full((x.shape[0], pad, *x.shape[2:]), fill)], 1)
         return x.reshape(-1, W, *x.shape[2:])
 
     def put(self, out_BT: Tensor, chunk: Chunk, x_GW: Tensor) -> None:

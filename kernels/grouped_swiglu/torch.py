@@ -11,8 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype, working_dtype
+from kernels._support import any_device, full_dtype, working_dtype
+
+
+def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
+    """Grouped products know no fp64."""
+    return "grouped products take no float64" if dtype == torch.float64 else any_device(device_type, dtype)
+
 
 
 def within(hidden: Tensor, limit: float) -> bool:
@@ -92,5 +97,15 @@ def _combine(rows_MD: Tensor, place_M: Tensor, k: int) -> Tensor:
 
 
 def grouped_swiglu(x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, limit: float) -> Tensor:
-    """See ``reference.grouped_swiglu``."""
+    """See ``reference.grouped_swiglu``.
+
+    Raises:
+        ValueError: D or F that grouped products can't address (rows must be multiples of 16 bytes).
+    """
+    step = 16 // working_dtype(x_ND).itemsize
+    if x_ND.shape[-1] % step or down_EDF.shape[-1] % step:
+        raise ValueError(
+            f"grouped_swiglu: model width {x_ND.shape[-1]} and expert width {down_EDF.shape[-1]} must each be a "
+            f"multiple of {step}; change the configuration or force grouped_swiglu=reference."
+        )
     return _Experts.apply(x_ND, experts_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)

@@ -61,7 +61,7 @@ def _target(plan, chunk, slots_GL, mass, selected_BTS) -> tuple[Tensor, Tensor]:
         index = slots_GL.clamp(max=mass.shape[-1] - 1)[:, None].expand(-1, plan.window, -1)
         target = part.gather(2, index).mul_(seen)
     else:
-        L, selected = chunk.entries, plan.take(selected_BTS, chunk)
+        L, selected = chunk.entries, plan.take(selected_BTS, chunk, fill=-1)
         index = torch.where(selected >= 0, selected - slots_GL[:, :1, None], L)
         target = part.new_zeros(*seen.shape[:2], L + 1).scatter_(2, index, part)[..., :L]
         chosen = torch.zeros(*seen.shape[:2], L + 1, dtype=torch.bool, device=seen.device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype
+from kernels._support import break_ties, full_dtype
 from kernels.geometry import Geometry
 
 
@@ -28,6 +28,6 @@ def indexer_select(q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geomet
 
     No gradient flows through a selection. ``weights_BTH`` carry the scales K^-½ and H^-½.
     """
-    scores_BTC = scores(q_BTHK, keys_BCK, weights_BTH, geometry, rate)
+    scores_BTC = break_ties(scores(q_BTHK, keys_BCK, weights_BTH, geometry, rate))
     values, selected = scores_BTC.topk(min(topk, scores_BTC.shape[-1]), -1)
     return torch.where(values == float("-inf"), -1, selected)

@@ -57,7 +57,7 @@ class _Inputs:
         """The chunk's selection as indices into the block's range ``[G, W, S]`` (L: none) and their validity."""
         if self.selected_BTS is None:
             return None, None
-        selected = self.plan.take(self.selected_BTS, chunk)
+        selected = self.plan.take(self.selected_BTS, chunk, fill=-1)
         valid = selected >= 0
         return torch.where(valid, selected - slots_GL[:, :1, None], chunk.entries), valid
 
@@ -146,7 +146,8 @@ class _Attention(torch.autograd.Function):
             q, scale = _normed(inputs, chunk, q_BTHK, angles)
             p = inputs.probabilities(chunk, q, keys, slots, index)
             G, _, H, X = p.shape
-            grad = rotate_(plan.take(grad_BTHK, chunk).to(inputs.work), *angles).view(G, W * H, K)
+            grad = plan.take(grad_BTHK, chunk).to(inputs.work, copy=True)
+            grad = rotate_(grad, *angles).view(G, W * H, K)
             d_p = torch.bmm(grad, keys.transpose(1, 2)).view(p.shape).to(p.dtype)
             d_s = _softmax_backward(d_p, p)
             d_sinks += d_s[..., 0].sum((0, 1))

@@ -15,7 +15,7 @@ from lab_utils.data.tasks import Example, Rng, families, family, split_of, tools
 from lab_utils.data.tasks._base import held_out, normalise
 from lab_utils.data.tasks._compose import examples, question
 from lab_utils.data.tasks._words import CATEGORIES, WORDS
-from lab_utils.data.tasks.arithmetic import SKILLS, difference_key, sum_key
+from lab_utils.data.tasks.arithmetic import comparison_key
 from lab_utils.data.tokenizer import END_THINK, EOS
 
 # What Rng(2024) draws, below.
@@ -183,16 +183,11 @@ def test_unknown_generators_and_arguments_are_named():
         generated.rows("tasks_text", {"spilt": "train", "rows": 3}, 0)
 
 
-def test_the_text_tells_no_held_out_sum_or_difference():
-    texts = [row["text"] for row in generated.rows("tasks_text", {"split": "train", "rows": 1500}, 3)]
-    sums = [m for t in texts for m in re.findall(r"\b(\d+) (?:plus|\+) (\d+)\b(?! (?:plus|\+))(?<!\+ )", t)]
-    # Three-term sums have keys of their own: leave those out.
-    threes = {m for t in texts for m in re.findall(r"\b\d+ (?:plus|\+) (\d+) (?:plus|\+) (\d+)", t)}
-    sums = [pair for pair in sums if pair not in threes]
-    differences = [m for t in texts for m in re.findall(r"\b(\d+) (?:minus|-) (\d+)\b", t)]
-    assert len(sums) > 300 and len(differences) > 200
-    assert not [p for p in sums if held_out(sum_key(int(p[0]), int(p[1])))]
-    assert not [p for p in differences if held_out(difference_key(int(p[0]), int(p[1])))]
+def test_the_text_tells_no_held_out_comparison():
+    texts = [row["text"] for row in generated.rows("tasks_text", {"split": "train", "rows": 3000}, 3)]
+    pairs = [m for t in texts for m in re.findall(r"(?:larger|smaller) one of (\d+) and (\d+) is", t)]
+    assert len(pairs) > 40
+    assert not [p for p in pairs if held_out(comparison_key(int(p[0]), int(p[1])))]
 
 
 def test_the_text_has_no_chat_form():
@@ -210,11 +205,8 @@ def test_earlier_turns_stay_in_the_split():
     assert turns > 5
 
 
-def test_sums_and_story_sums_share_their_key():
-    add = next(skill for skill in SKILLS if skill.name == "add")
-    assert add.fact({"a": 38, "b": 47}) == add.fact({"a": 47, "b": 38}) == "add:38+47"
-    story = family("word_problems").SKILLS[0]
-    assert story.fact({"a": 47, "b": 38}) == "add:38+47"
+def test_a_comparison_has_one_key_in_either_order():
+    assert comparison_key(38, 17) == comparison_key(17, 38) == "compare:17,38"
 
 
 def test_normalise_ignores_case_and_punctuation():
