@@ -35,10 +35,10 @@ def make_run(root: Path, source: str, **changes: Any) -> RunDirectory:
         "data": {
             "train": [{"manifest": "ascent-tasks-sft"}],
             "validation": [{"manifest": "ascent-tasks-sft", "split": "validation", "weight": 0.05}],
-            "row_tokens": 256,
+            "row_tokens": 512,
         },
         "optim": {"lr": 3e-3},
-        "schedule": {"steps": 4, "batch_tokens": 1024, "warmup_steps": 1, "save_every": 2},
+        "schedule": {"steps": 4, "batch_tokens": 2048, "warmup_steps": 1, "save_every": 2},
         "cluster": {"accelerator": "cpu", "nproc": 2, "threads": 1},
         "tracking": {"wandb": "disabled"},
     }
@@ -131,7 +131,7 @@ def test_the_export_generates_in_transformers(done: RunDirectory, tmp_path: Path
 
 
 def test_ranks_that_do_not_divide_the_batch_get_one_sentence(tmp_path: Path, source: str) -> None:
-    run = make_run(tmp_path, source, **{"schedule.batch_tokens": 256})
+    run = make_run(tmp_path, source, **{"schedule.batch_tokens": 512})
     code, output = finish(start(run, 2))
     assert code != 0
     assert run.status["state"] == "failed"

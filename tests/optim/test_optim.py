@@ -25,7 +25,7 @@ class Model(nn.Module):
 
 def test_weight_decay_is_for_matrices_only() -> None:
     decayed, plain = parameter_groups(Model(), 0.1)
-    assert sorted(decayed["names"]) == ["experts", "linear.weight"] and decayed["weight_decay"] == 0.1
+    assert sorted(decayed["names"]) == ["experts", "tied"] and decayed["weight_decay"] == 0.1
     assert sorted(plain["names"]) == ["linear.bias", "norm.bias", "norm.weight"] and plain["weight_decay"] == 0.0
 
 
