@@ -47,6 +47,7 @@ def test_a_failing_cell_is_one_sentence_and_its_copy_is_kept(tmp_path):
     book = nbformat.v4.new_notebook()
     book.cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("raise ValueError('no such thing')")]
     book.cells[0].metadata["tags"] = ["parameters"]
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     path = tmp_path / "broken.ipynb"
     nbformat.write(book, path)
     with pytest.raises(RunError, match=r"broken\.ipynb: cell .* failed with ValueError: no such thing") as error:
