@@ -1,8 +1,8 @@
 """Where documents, query blocks and compressed entries lie in packed rows ``[B, T]``.
 
-Attention works in query blocks of ``window`` tokens: a block's keys are its own tokens, the block before, and one
+Attention works in query blocks of W tokens: a block's keys are the ``window`` tokens before it, its own tokens, and one
 contiguous range of compressed entries. Everything here is linear in T. Legend: B rows, T tokens, J blocks of a row,
-W window, C compressed entries of a row, L entries a block may see.
+W tokens of a block, S = window + W, C compressed entries of a row, L entries a block may see.
 """
 
 from __future__ import annotations
@@ -75,80 +75,76 @@ class Geometry:
         self.real_BT = document_ids >= 0
         self.single = bool((self.start_BT == 0).all())  # one document a row: windows are plain reshapes
         self._entries: dict[int, Entries] = {}
-        self._plans: dict[tuple[int, int | None, int], BlockPlan] = {}
+        self._plans: dict[tuple[int, int, int | None, int], BlockPlan] = {}
 
     def entries(self, rate: int) -> Entries:
         if rate not in self._entries:
             self._entries[rate] = Entries(self, rate)
         return self._entries[rate]
 
-    def plan(self, window: int, rate: int | None, heads: int) -> BlockPlan:
-        """Query blocks for a window, a compression rate (None: no entries) and the number of query heads."""
-        key = (window, rate, heads)
+    def plan(self, block: int, window: int, rate: int | None, heads: int) -> BlockPlan:
+        """Query blocks of ``block`` tokens, for a window (0: entries only), a compression rate (None: no entries) and a
+        number of query heads."""
+        key = (block, window, rate, heads)
         if key not in self._plans:
-            self._plans[key] = BlockPlan(self, window, self.entries(rate) if rate else None, heads)
+            self._plans[key] = BlockPlan(self, block, window, self.entries(rate) if rate else None, heads)
         return self._plans[key]
 
 
 class BlockPlan:
-    """Query blocks of ``window`` tokens, grouped into chunks that are worked on at once."""
+    """Query blocks of W tokens, grouped into chunks that are worked on at once."""
 
-    def __init__(self, geometry: Geometry, window: int, entries: Entries | None, heads: int):
-        self.geometry, self.window, self.entries = geometry, window, entries
-        self.blocks = -(-geometry.T // window)
+    def __init__(self, geometry: Geometry, block: int, window: int, entries: Entries | None, heads: int):
+        self.geometry, self.block, self.window, self.entries = geometry, block, window, entries
+        self.blocks = -(-geometry.T // block)
         B, J = geometry.B, self.blocks
         self.low_BJ = torch.zeros(B, J, dtype=torch.long, device=geometry.device)
-        width = [[0] * J] * B
+        width_J = [0] * J
         if entries is not None and entries.count:
-            first_BJW = self.blocked(entries.first_BT, fill=entries.count)
-            end_BJW = self.blocked(entries.first_BT + entries.visible_BT, fill=0)
-            self.first_BJW, self.end_BJW = first_BJW, end_BJW
-            self.low_BJ = first_BJW.amin(2)
-            width = (end_BJW.amax(2) - self.low_BJ).clamp_(min=0).tolist()  # the only copy to the host
-        self.chunks = self._cut(width, heads)
+            self.first_BJW = self.blocked(entries.first_BT, fill=entries.count)
+            self.end_BJW = self.blocked(entries.first_BT + entries.visible_BT, fill=0)
+            self.low_BJ = self.first_BJW.amin(2)
+            # The only copy to the host: the widest range of entries of each block, over the rows.
+            width_J = (self.end_BJW.amax(2) - self.low_BJ).clamp_(min=0).amax(0).tolist()
+        self.chunks = self._cut(width_J, heads)
 
     def blocked(self, x_BT: Tensor, fill: float = 0) -> Tensor:
         """``[B, T, …]`` as ``[B, J, W, …]``, padded at the end of the row."""
-        pad = self.blocks * self.window - x_BT.shape[1]
+        pad = self.blocks * self.block - x_BT.shape[1]
         if pad:
             x_BT = torch.cat([x_BT, x_BT.new_full((x_BT.shape[0], pad, *x_BT.shape[2:]), fill)], 1)
-        return x_BT.view(x_BT.shape[0], self.blocks, self.window, *x_BT.shape[2:])
+        return x_BT.view(x_BT.shape[0], self.blocks, self.block, *x_BT.shape[2:])
 
     @cached_property
     def window_bias_BJWS(self) -> Tensor:
-        """0 where a query of block j sees slot s of [block j-1 | block j], else -inf; ``[B, J, W, 2W]`` fp32."""
-        W, J = self.window, self.blocks
+        """0 where a query of a block sees slot s of [window before | own block], else -inf; ``[B, J, W, S]`` fp32."""
+        W, J, device = self.block, self.blocks, self.geometry.device
         start_BJW = self.blocked(self.geometry.start_BT, fill=self.geometry.T)
-        query_JW = torch.arange(J * W, device=self.geometry.device).view(J, W)
-        key_JS = torch.arange(2 * W, device=self.geometry.device) + (query_JW[:, :1] - W)
-        low_BJW = torch.maximum(start_BJW, query_JW - (W - 1))
+        query_JW = torch.arange(J * W, device=device).view(J, W)
+        key_JS = torch.arange(self.window + W, device=device) + (query_JW[:, :1] - self.window)
+        low_BJW = torch.maximum(start_BJW, query_JW - (self.window - 1))
         seen = (key_JS[:, None, :] <= query_JW[:, :, None]) & (key_JS[:, None, :] >= low_BJW[..., None])
-        return torch.zeros(seen.shape, device=self.geometry.device).masked_fill_(~seen, float("-inf"))
+        return torch.zeros(seen.shape, device=device).masked_fill_(~seen, float("-inf"))
 
-    def _cut(self, width: list[list[int]], heads: int) -> list[Chunk]:
-        B, J, W = self.geometry.B, self.blocks, self.window
+    def _cut(self, width_J: list[int], heads: int) -> list[Chunk]:
+        """Rectangles of rows and blocks: few blocks of many rows, because later blocks of a row see more entries."""
+        B, J, fixed = self.geometry.B, self.blocks, 1 + self.window + self.block
         chunks: list[Chunk] = []
-        cost = [[W * heads * (1 + 2 * W + w) for w in row] for row in width]
-        row = 0
-        while row < B:
-            widest, end = 0, row
-            # Whole rows together while they fit, else parts of one row.
-            while end < B and (end + 1 - row) * J * max(widest, *cost[end], 0) <= CHUNK_ELEMENTS:
-                widest = max(widest, *cost[end])
-                end += 1
-            if end > row:
-                chunks.append(Chunk(row, end, 0, J, max(max(w) for w in width[row:end])))
-                row = end
-                continue
-            block = 0
-            while block < J:
-                stop, widest = block + 1, cost[row][block]
-                while stop < J and (stop + 1 - block) * max(widest, cost[row][stop]) <= CHUNK_ELEMENTS:
-                    widest = max(widest, cost[row][stop])
-                    stop += 1
-                chunks.append(Chunk(row, row + 1, block, stop, max(width[row][block:stop])))
-                block = stop
-            row += 1
+        block = 0
+        while block < J:
+            stop, total = block + 1, fixed + width_J[block]
+            rows = max(1, min(B, CHUNK_ELEMENTS // (total * heads * self.block)))
+            while stop < J and rows == B:
+                wider = fixed + max(width_J[block : stop + 1])
+                # A block that makes the others compute a good deal more than they need starts the next chunk.
+                wasted = sum(wider - fixed - width for width in width_J[block : stop + 1])
+                fits = (stop + 1 - block) * B * wider * heads * self.block <= CHUNK_ELEMENTS
+                if not fits or 8 * wasted > (stop + 1 - block) * wider:
+                    break
+                stop += 1
+            widest = max(width_J[block:stop])
+            chunks += [Chunk(row, min(row + rows, B), block, stop, widest) for row in range(0, B, rows)]
+            block = stop
         return chunks
 
     def entry_slots(self, chunk: Chunk) -> Tensor:
@@ -158,7 +154,7 @@ class BlockPlan:
 
     def entry_seen(self, chunk: Chunk, slots_GL: Tensor) -> Tensor:
         """Which entries of its block's range each query may see, ``[G, W, L]`` bool."""
-        W = self.window
+        W = self.block
         part = (slice(chunk.row_0, chunk.row_1), slice(chunk.block_0, chunk.block_1))
         first_GW = self.first_BJW[part].reshape(-1, W, 1)
         end_GW = self.end_BJW[part].reshape(-1, W, 1)
@@ -166,7 +162,7 @@ class BlockPlan:
 
     def take(self, x_BT: Tensor, chunk: Chunk, fill: float = 0) -> Tensor:
         """A chunk's tokens ``[G, W, …]``, padded with ``fill`` past the end of the row."""
-        W, T = self.window, self.geometry.T
+        W, T = self.block, self.geometry.T
         x = x_BT[chunk.row_0 : chunk.row_1, chunk.block_0 * W : min(chunk.block_1 * W, T)]
         pad = (chunk.block_1 - chunk.block_0) * W - x.shape[1]
         if pad:
@@ -175,7 +171,7 @@ class BlockPlan:
 
     def put(self, out_BT: Tensor, chunk: Chunk, x_GW: Tensor) -> None:
         """Write a chunk's ``[G, W, …]`` back into ``[B, T, …]``, dropping the padding."""
-        W, T = self.window, self.geometry.T
+        W, T = self.block, self.geometry.T
         t0, t1 = chunk.block_0 * W, min(chunk.block_1 * W, T)
         rows = chunk.row_1 - chunk.row_0
         out_BT[chunk.row_0 : chunk.row_1, t0:t1] = x_GW.reshape(rows, -1, *x_GW.shape[2:])[:, : t1 - t0]

@@ -38,20 +38,26 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, inside: bool) -> Tensor:
     return F.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit))
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, limit: float, inside: bool, out: Tensor) -> None:
-    """Gradients of ``swiglu`` into ``out[..., :F]`` (gate) and ``out[..., F:]`` (up)."""
+def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, share: Tensor, limit: float, inside: bool, out: Tensor):
+    """Backward of ``share · swiglu``: gradients of gate and up into ``out``; returns share · swiglu and d share.
+
+    ``grad`` belongs to the product; it is written over.
+    """
     width = gate.shape[-1]
-    low = gate if inside else gate.clamp(max=limit)
-    sigmoid = torch.sigmoid(low)
+    low, high = (gate, up) if inside else (gate.clamp(max=limit), up.clamp(-limit, limit))
     d_gate, d_up = out[..., :width], out[..., width:]
-    torch.mul(low, sigmoid, out=d_up)
+    sigmoid = torch.sigmoid(low)
+    silu = torch.mul(low, sigmoid, out=d_up)
+    act = silu * high
+    d_share = torch.linalg.vecdot(grad, act)
+    grad.mul_(share)
     # silu' = σ(x)·(1 + x·(1 - σ(x))) = silu + σ·(1 - silu)
-    torch.addcmul(d_up, sigmoid, 1 - d_up, out=d_gate)
-    d_gate.mul_(grad).mul_(up if inside else up.clamp(-limit, limit))
+    torch.addcmul(silu, sigmoid, 1 - silu, out=d_gate).mul_(grad).mul_(high)
     d_up.mul_(grad)
     if not inside:
         d_gate.mul_(gate <= limit)
         d_up.mul_(up.abs() <= limit)
+    return act.mul_(share), d_share
 
 
 class _Experts(torch.autograd.Function):
@@ -78,12 +84,10 @@ class _Experts(torch.autograd.Function):
         token_M = order_M // k
         gate, up = hidden_MG[:, :width], hidden_MG[:, width:]
         grad_MD = grad_ND.to(work).index_select(0, token_M)
-        act_MF = swiglu(gate, up, limit, ctx.inside)
-        d_shared_MF = F.grouped_mm(grad_MD, down_EDF.to(work), offs=ends_E)  # gradient of share · act
-        d_share_M = (d_shared_MF * act_MF).sum(1, dtype=full_dtype(act_MF))
-        d_down = F.grouped_mm(grad_MD.T, act_MF.mul_(share_M1), offs=ends_E)
+        d_product_MF = F.grouped_mm(grad_MD, down_EDF.to(work), offs=ends_E)  # gradient of share · act
         d_hidden = torch.empty_like(hidden_MG)
-        swiglu_backward(gate, up, d_shared_MF.mul_(share_M1), limit, ctx.inside, d_hidden)
+        product_MF, d_share_M = swiglu_backward(gate, up, d_product_MF, share_M1, limit, ctx.inside, d_hidden)
+        d_down = F.grouped_mm(grad_MD.T, product_MF, offs=ends_E)
         sorted_MD = x_ND.to(work).index_select(0, token_M)
         d_gate_up = F.grouped_mm(d_hidden.T, sorted_MD, offs=ends_E)
         d_x = _combine(F.grouped_mm(d_hidden, gate_up_EGD.to(work), offs=ends_E), place_M, k).to(x_ND.dtype)

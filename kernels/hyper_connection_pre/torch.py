@@ -15,12 +15,12 @@ from kernels.rms_norm.torch import inverse_rms
 
 
 def _sinkhorn(comb_jkN: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
-    """The balanced matrices and, for the backward pass, each step's ``(dimension, inverse sums, result)``."""
+    """The balanced matrices and, for the backward pass, each step's ``(dimension, sums, result)``."""
     steps = []
     for dim in (0, *(1, 0) * (iterations - 1)):
-        inverse = comb_jkN.sum(dim, keepdim=True).add_(eps).reciprocal_()
-        comb_jkN = comb_jkN * inverse
-        steps.append((dim, inverse, comb_jkN))
+        sums = comb_jkN.sum(dim, keepdim=True).add_(eps)
+        comb_jkN = comb_jkN / sums
+        steps.append((dim, sums, comb_jkN))
     return comb_jkN, steps
 
 
@@ -55,9 +55,9 @@ class _Pre(torch.autograd.Function):
         pre, post, soft, factor = _coefficients(z_zN, base.to(full), scale.to(full), n)
         _, steps = _sinkhorn(soft + eps, ctx.iterations, eps)
         grad = d_comb.permute(1, 2, 0).contiguous()
-        for dim, inverse, result in reversed(steps):
+        for dim, sums, result in reversed(steps):
             # y = x / (Σx + ε):  dx = (dy - Σ dy·y) / (Σx + ε)
-            grad = (grad - (grad * result).sum(dim, keepdim=True)).mul_(inverse)
+            grad = grad.sub_((grad * result).sum(dim, keepdim=True)).div_(sums)
         d_logit = torch.empty_like(z_zN)
         d_logit[2 * n :] = torch.mul(soft, grad - (grad * soft).sum(1, keepdim=True)).view(n * n, N)
         d_col = d_collapsed.to(full)

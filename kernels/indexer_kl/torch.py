@@ -16,7 +16,7 @@ class _IndexerKl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q_BTHK, keys_BCK, weights_BTH, mass, geometry, rate, selected_BTS):
         work, full = working_dtype(q_BTHK), full_dtype(q_BTHK)
-        plan, entries = geometry.plan(BLOCK, rate, q_BTHK.shape[2]), geometry.entries(rate)
+        plan, entries = geometry.plan(BLOCK, 0, rate, q_BTHK.shape[2]), geometry.entries(rate)
         counted_BT = (entries.visible_BT > 0) & geometry.real_BT
         d_q, d_weights = torch.zeros_like(q_BTHK), torch.zeros_like(weights_BTH)
         d_keys = torch.zeros(keys_BCK.shape, dtype=full, device=q_BTHK.device).view(-1, keys_BCK.shape[-1])
@@ -58,7 +58,7 @@ def _target(plan, chunk, slots_GL, mass, selected_BTS) -> tuple[Tensor, Tensor]:
     seen = plan.entry_seen(chunk, slots_GL)
     part = plan.take(mass, chunk)
     if selected_BTS is None:
-        index = slots_GL.clamp(max=mass.shape[-1] - 1)[:, None].expand(-1, plan.window, -1)
+        index = slots_GL.clamp(max=mass.shape[-1] - 1)[:, None].expand(-1, plan.block, -1)
         target = part.gather(2, index).mul_(seen)
     else:
         L, selected = chunk.entries, plan.take(selected_BTS, chunk, fill=-1)

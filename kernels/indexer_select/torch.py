@@ -34,7 +34,7 @@ def indexer_select(q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geomet
     """See ``reference.indexer_select``."""
     S, work = min(topk, keys_BCK.shape[1]), working_dtype(q_BTHK)
     selected_BTS = q_BTHK.new_full((*q_BTHK.shape[:2], S), -1, dtype=torch.long)
-    plan = geometry.plan(BLOCK, rate, q_BTHK.shape[2])
+    plan = geometry.plan(BLOCK, 0, rate, q_BTHK.shape[2])
     for chunk in plan.chunks:
         if not chunk.entries:
             continue

@@ -1,9 +1,10 @@
 """Shared-KV attention in query blocks: memory linear in T, scores recomputed in the backward pass.
 
-One block of W queries has one key buffer, [zero | block before | own block | its range of entries]: the zero row
+One block of W queries has one key buffer, [zero | window before | own block | its range of entries]: the zero row
 carries the sink (its score is the sink, its value nothing), so that one softmax and two products do all of a block, and
 the gradient of the sink is a column of the gradient of the scores. Normalising and rotating the queries happens on the
-block while it is in cache. Legend: G blocks of a chunk, W window, X = 1 + 2W + L keys; others as in ``reference``.
+block while it is in cache. Legend: G blocks of a chunk, W tokens of a block, S = window + W, X = 1 + S + L keys;
+others as in ``reference``.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ class _Inputs:
     def __init__(self, plan: BlockPlan, kv_BTK, entries_BCK, sinks_H, cos_BTR, sin_BTR, selected_BTS, eps):
         self.plan, self.sinks_H, self.cos, self.sin, self.eps = plan, sinks_H, cos_BTR, sin_BTR, eps
         self.selected_BTS, self.work = selected_BTS, working_dtype(kv_BTK)
-        B, W, J, K = kv_BTK.shape[0], plan.window, plan.blocks, kv_BTK.shape[-1]
-        padded = kv_BTK.new_zeros(B, (J + 1) * W, K, dtype=self.work)
-        padded[:, W : W + kv_BTK.shape[1]] = kv_BTK
-        self.windows_BJSK = padded.as_strided((B, J, 2 * W, K), (padded.stride(0), W * K, K, 1))
+        B, W, J, K = kv_BTK.shape[0], plan.block, plan.blocks, kv_BTK.shape[-1]
+        self.S = S = plan.window + W
+        padded = kv_BTK.new_zeros(B, plan.window + J * W, K, dtype=self.work)
+        padded[:, plan.window : plan.window + kv_BTK.shape[1]] = kv_BTK
+        self.windows_BJSK = padded.as_strided((B, J, S, K), (padded.stride(0), W * K, K, 1))
         self.entries = None if entries_BCK is None else entries_BCK.to(self.work).reshape(-1, K)
         self.entry_count = 0 if entries_BCK is None else entries_BCK.shape[1]
 
@@ -42,7 +44,7 @@ class _Inputs:
         return slots_GL, row_G * self.entry_count + slots_GL.clamp(max=self.entry_count - 1)
 
     def keys(self, chunk: Chunk, flat_GL: Tensor | None) -> Tensor:
-        """``[G, X, K]``: zero, the block before, the own block, the entries."""
+        """``[G, X, K]``: zero, the window before, the own block, the entries."""
         window = self.windows_BJSK[chunk.row_0 : chunk.row_1, chunk.block_0 : chunk.block_1]
         window = window.reshape(-1, *window.shape[2:])
         G, S, K = window.shape
@@ -67,15 +69,15 @@ class _Inputs:
         scores = torch.bmm(q_GWHK.view(G, W * H, K), keys_GXK.transpose(1, 2)).view(G, W, H, -1)
         scores = scores.to(full_dtype(scores))
         part = (slice(chunk.row_0, chunk.row_1), slice(chunk.block_0, chunk.block_1))
-        window_bias = plan.window_bias_BJWS[part].reshape(G, W, 2 * W)
-        scores[..., 1 : 1 + 2 * W] += window_bias[:, :, None]
+        window_bias = plan.window_bias_BJWS[part].reshape(G, W, self.S)
+        scores[..., 1 : 1 + self.S] += window_bias[:, :, None]
         if slots_GL is not None:
             seen_GWL = plan.entry_seen(chunk, slots_GL)
             if index_GWS is not None:
                 chosen = torch.zeros(G, W, chunk.entries + 1, dtype=torch.bool, device=scores.device)
                 seen_GWL = seen_GWL & chosen.scatter_(2, index_GWS, True)[..., :-1]
             entry_bias = torch.zeros(seen_GWL.shape, device=scores.device).masked_fill_(~seen_GWL, float("-inf"))
-            scores[..., 1 + 2 * W :] += entry_bias[:, :, None]
+            scores[..., 1 + self.S :] += entry_bias[:, :, None]
         scores[..., 0] = self.sinks_H
         return _softmax(scores)
 
@@ -100,7 +102,7 @@ class _Attention(torch.autograd.Function):
         ctx.save_for_backward(q_BTHK, kv_BTK, entries_BCK, sinks_H, cos, sin, selected_BTS)
         ctx.plan, ctx.eps = plan, eps
         inputs = _Inputs(plan, kv_BTK, entries_BCK, sinks_H, cos, sin, selected_BTS, eps)
-        out_BTHK, mass, W = torch.empty_like(q_BTHK), None, plan.window
+        out_BTHK, mass, W = torch.empty_like(q_BTHK), None, plan.block
         if want_mass:
             S = entries_BCK.shape[1] if selected_BTS is None else selected_BTS.shape[-1]
             mass = torch.zeros(*kv_BTK.shape[:2], S, dtype=full_dtype(kv_BTK), device=kv_BTK.device)
@@ -115,7 +117,7 @@ class _Attention(torch.autograd.Function):
             out = torch.bmm(p.view(G, -1, X).to(keys.dtype), keys).view(q.shape)
             plan.put(out_BTHK, chunk, rotate_(out, *angles, inverse=True))
             if want_mass and chunk.entries:
-                on_entries = p[..., 1 + 2 * W :].sum(2)
+                on_entries = p[..., 1 + inputs.S :].sum(2)
                 if index is not None:
                     on_entries = on_entries.gather(2, index.clamp(max=chunk.entries - 1)).mul_(valid)
                 else:
@@ -131,12 +133,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_BTHK, _):
         q_BTHK, kv_BTK, entries_BCK, sinks_H, cos, sin, selected_BTS = ctx.saved_tensors
-        plan, W, K = ctx.plan, ctx.plan.window, kv_BTK.shape[-1]
+        plan, W, K = ctx.plan, ctx.plan.block, kv_BTK.shape[-1]
         inputs = _Inputs(plan, kv_BTK, entries_BCK, sinks_H, cos, sin, selected_BTS, ctx.eps)
-        full, B, J = full_dtype(kv_BTK), kv_BTK.shape[0], plan.blocks
+        full, B, T, S = full_dtype(kv_BTK), *kv_BTK.shape[:2], inputs.S
         d_q = torch.empty_like(q_BTHK)
         d_sinks = torch.zeros(sinks_H.shape, dtype=full, device=sinks_H.device)
-        d_kv = torch.zeros(B, J + 1, W, K, dtype=full, device=kv_BTK.device)
+        d_kv = torch.zeros(B, plan.window + plan.blocks * W, K, dtype=full, device=kv_BTK.device)
         d_entries = None if entries_BCK is None else torch.zeros(B * inputs.entry_count, K, dtype=full, device=d_kv.device)
         for chunk in plan.chunks:
             angles = inputs.angles(chunk)
@@ -153,12 +155,12 @@ class _Attention(torch.autograd.Function):
             d_sinks += d_s[..., 0].sum((0, 1))
             d_s, p = d_s.view(G, -1, X).to(keys.dtype), p.view(G, -1, X).to(keys.dtype)
             d_keys = torch.bmm(d_s.transpose(1, 2), q.view(G, -1, K)).baddbmm_(p.transpose(1, 2), grad)
-            _scatter_window(d_kv, d_keys[:, 1 : 1 + 2 * W], chunk, W)
+            _scatter_window(d_kv, d_keys[:, 1 : 1 + S], chunk, W)
             if chunk.entries:
-                d_entries.index_add_(0, flat.view(-1), d_keys[:, 1 + 2 * W :].reshape(-1, K).to(full))
+                d_entries.index_add_(0, flat.view(-1), d_keys[:, 1 + S :].reshape(-1, K).to(full))
             d_qn = rotate_(torch.bmm(d_s, keys).view(q.shape), *angles, inverse=True)
             plan.put(d_q, chunk, _norm_backward(d_qn, plan.take(q_BTHK, chunk).to(inputs.work), scale))
-        d_kv = d_kv.view(B, -1, K)[:, W : W + kv_BTK.shape[1]].to(kv_BTK.dtype)
+        d_kv = d_kv[:, plan.window : plan.window + T].to(kv_BTK.dtype)
         if d_entries is not None:
             d_entries = d_entries.view(entries_BCK.shape).to(entries_BCK.dtype)
         return d_q, d_kv, d_entries, d_sinks.to(sinks_H.dtype), None, None, None, None, None, None
@@ -170,13 +172,19 @@ def _softmax_backward(d_p: Tensor, p: Tensor) -> Tensor:
     return torch._softmax_backward_data(d_p, p, -1, p.dtype, grad_input=d_p)
 
 
-def _scatter_window(d_kv_BJWK: Tensor, d_window_GSK: Tensor, chunk: Chunk, W: int) -> None:
-    """Add the gradient of each block's [block before | own block] to the blocks (index 0: before the row)."""
+def _scatter_window(d_kv_BXK: Tensor, d_window_GSK: Tensor, chunk: Chunk, W: int) -> None:
+    """Add the gradient of each block's [window before | own block] to the tokens (shifted by the window)."""
     rows, blocks = chunk.row_1 - chunk.row_0, chunk.block_1 - chunk.block_0
     d_window = d_window_GSK.unflatten(0, (rows, blocks))
-    part = d_kv_BJWK[chunk.row_0 : chunk.row_1]
-    part[:, chunk.block_0 : chunk.block_1] += d_window[:, :, :W]
-    part[:, chunk.block_0 + 1 : chunk.block_1 + 1] += d_window[:, :, W:]
+    S = d_window.shape[2]
+    for start in range(0, S, W):
+        # Pieces of at most W tokens of neighbouring blocks don't overlap.
+        piece = d_window[:, :, start : start + W]
+        at = chunk.block_0 * W + start
+        rows_part = d_kv_BXK[chunk.row_0 : chunk.row_1]
+        size = (rows, blocks, piece.shape[2], piece.shape[3])
+        stride = (rows_part.stride(0), W * rows_part.stride(1), rows_part.stride(1), 1)
+        rows_part.as_strided(size, stride, rows_part.storage_offset() + at * rows_part.stride(1)).add_(piece)
 
 
 def _norm_backward(d_qn: Tensor, q: Tensor, scale: Tensor) -> Tensor:
@@ -204,7 +212,9 @@ def shared_kv_attention(
     """See ``reference.shared_kv_attention``; angles and selection get no gradient."""
     if entries_BCK is not None and entries_BCK.shape[1] == 0:
         entries_BCK = selected_BTS = None
-    plan = geometry.plan(window, rate if entries_BCK is not None else None, q_BTHK.shape[2])
+    # Half a window of queries against one and a half of keys: the fewest masked scores that still fill a product.
+    block = window // 2 if window >= 64 and window % 2 == 0 else window
+    plan = geometry.plan(block, window, rate if entries_BCK is not None else None, q_BTHK.shape[2])
     want_mass = want_mass and entries_BCK is not None
     return _Attention.apply(
         q_BTHK.contiguous(), kv_BTK, entries_BCK, sinks_H, cos_BTR, sin_BTR, plan, selected_BTS, want_mass, eps
