@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -32,3 +34,29 @@ def break_ties(scores: torch.Tensor) -> torch.Tensor:
     """
     place_L = torch.arange(1, scores.shape[-1] + 1, device=scores.device, dtype=scores.dtype)
     return torch.where(scores == 0, place_L * -1e-30, scores)
+
+
+_buffers = threading.local()
+
+
+def workspace(slot: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    """Uninitialised memory of this shape that the next caller of the same slot gets again (one call's scratch).
+
+    On CPU large temporaries otherwise come fresh from the system each time, and their page faults cost more than the
+    arithmetic on them; one buffer a slot and thread stays, and stays in cache. Other devices' allocators do that already.
+    The memory must not outlive the call that took it, nor be saved for the backward pass.
+    """
+    if like.device.type != "cpu":
+        return like.new_empty(shape)
+    size = 1
+    for length in shape:
+        size *= length
+    held = _buffers.__dict__.setdefault((slot, like.dtype), like.new_empty(0))
+    if held.numel() < size:
+        held = _buffers.__dict__[slot, like.dtype] = like.new_empty(size)
+    return held[:size].view(shape)
+
+
+def gather_rows(slot: int, x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """``x[index]`` in the workspace."""
+    return torch.index_select(x, 0, index, out=workspace(slot, (len(index), *x.shape[1:]), x))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._support import any_device, full_dtype, working_dtype
+from kernels._support import any_device, gather_rows, working_dtype, workspace
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
@@ -32,10 +32,9 @@ def within(hidden: Tensor, limit: float) -> bool:
 
 
 def swiglu(gate: Tensor, up: Tensor, limit: float, inside: bool) -> Tensor:
-    """``silu(min(gate, limit)) · clamp(up, ±limit)``, fresh memory; ``inside``: nothing to clamp."""
-    if inside:
-        return F.silu(gate).mul_(up)
-    return F.silu(gate.clamp(max=limit)).mul_(up.clamp(-limit, limit))
+    """``silu(min(gate, limit)) · clamp(up, ±limit)`` in the workspace; ``inside``: nothing to clamp."""
+    low, high = (gate, up) if inside else (gate.clamp(max=limit), up.clamp(-limit, limit))
+    return torch.sigmoid(low, out=workspace(2, gate.shape, gate)).mul_(low).mul_(high)
 
 
 def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, share: Tensor, limit: float, inside: bool, out: Tensor):
@@ -46,9 +45,9 @@ def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, share: Tensor, limit
     width = gate.shape[-1]
     low, high = (gate, up) if inside else (gate.clamp(max=limit), up.clamp(-limit, limit))
     d_gate, d_up = out[..., :width], out[..., width:]
-    sigmoid = torch.sigmoid(low)
+    sigmoid = torch.sigmoid(low, out=workspace(2, gate.shape, gate))
     silu = torch.mul(low, sigmoid, out=d_up)
-    act = silu * high
+    act = torch.mul(silu, high, out=workspace(3, gate.shape, gate))
     d_share = torch.linalg.vecdot(grad, act)
     grad.mul_(share)
     # silu' = σ(x)·(1 + x·(1 - σ(x))) = silu + σ·(1 - silu)
@@ -66,7 +65,7 @@ class _Experts(torch.autograd.Function):
         work, (E, G, _), k = working_dtype(x_ND), gate_up_EGD.shape, experts_Nk.shape[1]
         order_M = experts_Nk.reshape(-1).argsort(stable=True)
         ends_E = torch.bincount(experts_Nk.reshape(-1), minlength=E).cumsum(0).to(torch.int32)
-        sorted_MD = x_ND.to(work).index_select(0, order_M // k)
+        sorted_MD = gather_rows(0, x_ND.to(work), order_M // k)
         hidden_MG = F.grouped_mm(sorted_MD, gate_up_EGD.to(work).transpose(1, 2), offs=ends_E)
         share_M1 = weights_Nk.to(work).reshape(-1, 1).index_select(0, order_M)
         ctx.inside = within(hidden_MG, limit)
@@ -83,12 +82,12 @@ class _Experts(torch.autograd.Function):
         work, k, width, limit = hidden_MG.dtype, ctx.k, hidden_MG.shape[1] // 2, ctx.limit
         token_M = order_M // k
         gate, up = hidden_MG[:, :width], hidden_MG[:, width:]
-        grad_MD = grad_ND.to(work).index_select(0, token_M)
+        grad_MD = gather_rows(0, grad_ND.to(work), token_M)
         d_product_MF = F.grouped_mm(grad_MD, down_EDF.to(work), offs=ends_E)  # gradient of share · act
-        d_hidden = torch.empty_like(hidden_MG)
+        d_hidden = workspace(1, hidden_MG.shape, hidden_MG)
         product_MF, d_share_M = swiglu_backward(gate, up, d_product_MF, share_M1, limit, ctx.inside, d_hidden)
         d_down = F.grouped_mm(grad_MD.T, product_MF, offs=ends_E)
-        sorted_MD = x_ND.to(work).index_select(0, token_M)
+        sorted_MD = gather_rows(0, x_ND.to(work), token_M)
         d_gate_up = F.grouped_mm(d_hidden.T, sorted_MD, offs=ends_E)
         d_x = _combine(F.grouped_mm(d_hidden, gate_up_EGD.to(work), offs=ends_E), place_M, k).to(x_ND.dtype)
         d_weights = d_share_M.index_select(0, place_M).view(-1, k).to(ctx.share_dtype)
@@ -97,7 +96,9 @@ class _Experts(torch.autograd.Function):
 
 def _combine(rows_MD: Tensor, place_M: Tensor, k: int) -> Tensor:
     """Sum of each token's k sorted rows: a gather, so deterministic."""
-    return rows_MD.index_select(0, place_M).view(-1, k, rows_MD.shape[1]).sum(1)
+    if rows_MD.device.type == "cpu" and rows_MD.dtype == torch.float32:
+        return F.embedding_bag(place_M.view(-1, k), rows_MD, mode="sum")  # gathers and adds without a copy between
+    return gather_rows(0, rows_MD, place_M).view(-1, k, rows_MD.shape[1]).sum(1)
 
 
 def grouped_swiglu(x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, limit: float) -> Tensor:

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype
+from kernels._support import full_dtype, workspace
 
-CHUNK_ELEMENTS = 1 << 21  # logits held at once
+CPU_CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 27  # logits held at once: 2 MiB stay in a core's cache; 512 MiB fill a device
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -21,14 +21,17 @@ class _LinearLogprob(torch.autograd.Function):
         correct = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
-            logits = hidden_ND[part].to(full) @ head_DV
+            hidden, shape = hidden_ND[part].to(full), (len(targets_N[part]), len(weight_VD))
+            logits = torch.mm(hidden, head_DV, out=workspace(0, shape, hidden))
+            best, token = logits.max(-1)
+            correct[part] = token == targets_N[part]
             target = logits.gather(1, targets_N[part, None]).squeeze(1)
-            correct[part] = logits.argmax(-1) == targets_N[part]
-            log_z[part] = logits.logsumexp(-1)
+            weight = torch.sub(logits, best[:, None], out=workspace(1, shape, hidden)).exp_()
+            total = weight.sum(-1)
+            log_z[part] = best + total.log()
             logprob[part] = target - log_z[part]
             # entropy = log Z - Σ p·logit
-            p = logits.softmax(-1)
-            entropy[part] = log_z[part] - torch.linalg.vecdot(p, logits)
+            entropy[part] = log_z[part] - weight.mul_(logits).sum(-1) / total
         ctx.save_for_backward(hidden_ND, weight_VD, targets_N, log_z)
         ctx.chunk = chunk
         ctx.mark_non_differentiable(correct, entropy)
@@ -45,7 +48,8 @@ class _LinearLogprob(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             hidden, grad = hidden_ND[part].to(full), grad_N[part, None].to(full)
             # d logits = grad · (onehot - softmax)
-            d_logits = torch.addmm(-log_z[part, None], hidden, head_VD.T).exp_().mul_(-grad)
+            scratch = workspace(0, (len(hidden), len(head_VD)), hidden)
+            d_logits = torch.addmm(-log_z[part, None], hidden, head_VD.T, out=scratch).exp_().mul_(-grad)
             d_logits.scatter_add_(1, targets_N[part, None], grad)
             d_hidden[part] = d_logits @ head_VD
             d_weight.addmm_(d_logits.T, hidden)
@@ -53,6 +57,6 @@ class _LinearLogprob(torch.autograd.Function):
 
 
 def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """See ``reference.linear_logprob``; ``chunk`` tokens at once, by default as many as keep the logits at 8 MiB."""
-    chunk = chunk or max(16, CHUNK_ELEMENTS // weight_VD.shape[0])
-    return _LinearLogprob.apply(hidden_ND, weight_VD, targets_N, chunk)
+    """See ``reference.linear_logprob``; ``chunk`` tokens at once, by default as many as the device has use for."""
+    held = CPU_CHUNK if hidden_ND.device.type == "cpu" else DEVICE_CHUNK
+    return _LinearLogprob.apply(hidden_ND, weight_VD, targets_N, chunk or max(16, held // weight_VD.shape[0]))

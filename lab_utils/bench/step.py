@@ -165,7 +165,8 @@ def _time_steps(settings: dict[str, Any], model: Any, loss_of: Callable, device:
     import torch
 
     B, T = settings["B"], settings["T"]
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    # The fused AdamW for both: the engine's, and the default of transformers' Trainer.
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
     batches = _batches(B, T, model.config.vocab_size, device)
 
     def step() -> float:
