@@ -34,7 +34,7 @@ def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figur
             "xtick.color": MUTED,
             "ytick.color": MUTED,
             "text.color": INK,
-            "axes.titleweight": "semibold",
+            "axes.titleweight": "bold",
             "axes.titlelocation": "left",
             "axes.titlesize": 10,
             "axes.labelsize": 8.5,
