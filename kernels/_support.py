@@ -43,8 +43,8 @@ def workspace(slot: int, shape: tuple[int, ...], like: torch.Tensor) -> torch.Te
     """Uninitialised memory of this shape that the next caller of the same slot gets again (one call's scratch).
 
     On CPU large temporaries otherwise come fresh from the system each time, and their page faults cost more than the
-    arithmetic on them; one buffer a slot and thread stays, and stays in cache. Other devices' allocators do that already.
-    The memory must not outlive the call that took it, nor be saved for the backward pass.
+    arithmetic on them; one buffer a slot and thread stays, and stays in cache. Other devices' allocators already
+    do that. The memory must not outlive the call that took it, nor be saved for the backward pass.
     """
     if like.device.type != "cpu":
         return like.new_empty(shape)

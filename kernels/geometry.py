@@ -53,11 +53,13 @@ class Entries:
         slot_BT = self.first_BT + geometry.local_BT // rate
         rows_B1 = (torch.arange(B, device=geometry.device) * C)[:, None]
         inverse_BT = (rows_B1 + slot_BT) * rate + geometry.local_BT % rate
-        self.inverse = torch.where(inside_BT, inverse_BT, -1).reshape(-1)  # [B·T] into [B·C·m], -1: in no window
+        self.inverse = torch.where(inside_BT, inverse_BT, -1).reshape(
+            -1
+        )  # [B·T] into [B·C·m], -1: in no window
 
 
 class Geometry:
-    """Documents of packed rows, from position and document ids ``[B, T]`` (a change of id, or position 0, starts one)."""
+    """Documents of packed rows, from position and document ids ``[B, T]`` (a new id, or position 0, starts one)."""
 
     def __init__(self, position_ids: Tensor, document_ids: Tensor):
         self.B, self.T = position_ids.shape

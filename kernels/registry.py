@@ -1,8 +1,8 @@
 """Which implementation of an operator runs where, and why.
 
 An operator is a folder of ``kernels``; each file in it is one implementation with a function named like the folder and
-``unsupported(device_type, dtype) -> str | None``: the reason why it does not run there, or None. ``get`` takes the first
-of PREFERENCE that runs; ``force`` (or ``ASCENT_KERNELS="rope=reference,compressor=torch"``) overrules it.
+``unsupported(device_type, dtype) -> str | None``: why it does not run there, or None. ``get`` takes the first of
+PREFERENCE that runs; ``force`` (or ``ASCENT_KERNELS="rope=reference,compressor=torch"``) overrules it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def implementations(operator: str) -> list[str]:
     try:
         folder = importlib.import_module(f"kernels.{operator}")
     except ModuleNotFoundError:
-        raise ValueError(f"kernels: there is no operator '{operator}'; known: {', '.join(operators())}.") from None
+        raise ValueError(
+            f"kernels: there is no operator '{operator}'; known: {', '.join(operators())}."
+        ) from None
     found = {m.name for m in pkgutil.iter_modules(folder.__path__)}
     return [name for name in PREFERENCE if name in found]
 
@@ -73,7 +75,9 @@ def _choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, s
     forced = _forced.get(operator) or _from_environment().get(operator)
     if forced:
         if forced not in known:
-            raise ValueError(f"kernels: {operator} has no implementation '{forced}'; choose one of {', '.join(known)}.")
+            raise ValueError(
+                f"kernels: {operator} has no implementation '{forced}'; choose one of {', '.join(known)}."
+            )
         why_not = _unsupported(operator, forced, device_type, dtype)
         if why_not:
             raise ValueError(f"kernels: {operator}/{forced} was forced but {why_not}; force another or none.")
@@ -84,7 +88,9 @@ def _choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, s
         if why_not is None:
             return name, "; ".join([*skipped, f"{name} is the first that runs on {device_type}"])
         skipped.append(f"{name}: {why_not}")
-    raise ValueError(f"kernels: no implementation of {operator} runs on {device_type} in {dtype}: {'; '.join(skipped)}.")
+    raise ValueError(
+        f"kernels: no implementation of {operator} runs on {device_type} in {dtype}: {'; '.join(skipped)}."
+    )
 
 
 def _unsupported(operator: str, name: str, device_type: str, dtype: torch.dtype) -> str | None:

@@ -15,7 +15,9 @@ def lab(*words: str, check: bool = False) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("statement", ["import lab_utils", "import lab_utils.cli; lab_utils.cli._mount()"])
 def test_start_up_imports_neither_torch_nor_colossalai(statement):
-    code = f"import sys; {statement}; print([m for m in ('torch', 'colossalai', 'pandas') if m in sys.modules])"
+    code = (
+        f"import sys; {statement}; print([m for m in ('torch', 'colossalai', 'pandas') if m in sys.modules])"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

@@ -77,9 +77,7 @@ def test_the_hash_ignores_name_and_tracking_and_nothing_else(recipe):
 @given(lr=st.floats(1e-8, 1.0), steps=st.integers(1, 10**6), seed=st.integers(0, 2**31))
 def test_text_from_a_command_line_means_the_same_as_a_value(lr, steps, seed):
     recipe = Recipe.load("sft_tiny")
-    text = recipe.with_changes(
-        parse_changes([f"optim.lr={lr!r}", f"schedule.steps={steps}", f"seed={seed}"])
-    )
+    text = recipe.with_changes(parse_changes([f"optim.lr={lr!r}", f"schedule.steps={steps}", f"seed={seed}"]))
     value = recipe.with_changes({"optim.lr": lr, "schedule.steps": steps, "seed": seed})
     assert text == value and text.hash == value.hash
 

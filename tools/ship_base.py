@@ -71,7 +71,9 @@ Facts whose question is held out for validation or test (pairs of numbers, lists
 
 def _hardware(provenance: dict) -> str:
     layout = provenance.get("layout", {})
-    return f"{layout.get('ranks', layout.get('nproc', 2))} ranks on {provenance.get('device_name', 'CPU cores')}"
+    return (
+        f"{layout.get('ranks', layout.get('nproc', 2))} ranks on {provenance.get('device_name', 'CPU cores')}"
+    )
 
 
 def _data(provenance: dict) -> str:

@@ -86,7 +86,9 @@ class _Compress(torch.autograd.Function):
         return _tokens(d_kv, entries, kv_BTF), _tokens(d_gate, entries, gate_BTF), d_bias, None, None
 
 
-def compressor(kv_BTF: Tensor, gate_BTF: Tensor, bias_mF: Tensor, geometry: Geometry, *, rate: int, overlap: bool) -> Tensor:
+def compressor(
+    kv_BTF: Tensor, gate_BTF: Tensor, bias_mF: Tensor, geometry: Geometry, *, rate: int, overlap: bool
+) -> Tensor:
     """See ``reference.compressor``."""
     entries = geometry.entries(rate)
     if entries.count == 0:

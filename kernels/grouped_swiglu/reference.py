@@ -13,7 +13,9 @@ from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype
 
 
-def grouped_swiglu(x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, limit: float) -> Tensor:
+def grouped_swiglu(
+    x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, limit: float
+) -> Tensor:
     """``Σ_j weight_j · w2_e( silu(min(w1_e x, limit)) · clamp(w3_e x, ±limit) )`` with e = experts[:, j]; ``[N, D]``.
 
     ``gate_up_EGD`` stacks w1 over w3 (G = 2F).

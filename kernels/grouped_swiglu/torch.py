@@ -1,8 +1,8 @@
 """Routed experts as grouped products over tokens sorted by expert; saves the input and the pre-activations only.
 
 The weight of a token multiplies the activation before the second product, so that the gradient of the weight needs no
-output of an expert, and the sum over a token's experts is a gather and a plain sum. Legend: M = N·k sorted rows, G = 2F;
-others as in ``reference``.
+output of an expert, and the sum over a token's experts is a gather and a plain sum. Legend: M = N·k sorted rows,
+G = 2F; others as in ``reference``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from kernels._support import any_device, gather_rows, working_dtype, workspace
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
     """Grouped products know no fp64."""
     return "grouped products take no float64" if dtype == torch.float64 else any_device(device_type, dtype)
-
 
 
 def within(hidden: Tensor, limit: float) -> bool:
@@ -37,7 +36,9 @@ def swiglu(gate: Tensor, up: Tensor, limit: float, inside: bool) -> Tensor:
     return torch.sigmoid(low, out=workspace(2, gate.shape, gate)).mul_(low).mul_(high)
 
 
-def swiglu_backward(gate: Tensor, up: Tensor, grad: Tensor, share: Tensor, limit: float, inside: bool, out: Tensor):
+def swiglu_backward(
+    gate: Tensor, up: Tensor, grad: Tensor, share: Tensor, limit: float, inside: bool, out: Tensor
+):
     """Backward of ``share · swiglu``: gradients of gate and up into ``out``; returns share · swiglu and d share.
 
     ``grad`` belongs to the product; it is written over.
@@ -71,7 +72,9 @@ class _Experts(torch.autograd.Function):
         ctx.inside = within(hidden_MG, limit)
         act_MF = swiglu(hidden_MG[:, : G // 2], hidden_MG[:, G // 2 :], limit, ctx.inside).mul_(share_M1)
         out_MD = F.grouped_mm(act_MF, down_EDF.to(work).transpose(1, 2), offs=ends_E)
-        place_M = torch.empty_like(order_M).scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
+        place_M = torch.empty_like(order_M).scatter_(
+            0, order_M, torch.arange(len(order_M), device=order_M.device)
+        )
         ctx.save_for_backward(x_ND, order_M, place_M, ends_E, hidden_MG, share_M1, gate_up_EGD, down_EDF)
         ctx.limit, ctx.k, ctx.share_dtype = limit, k, weights_Nk.dtype
         return _combine(out_MD, place_M, k).to(x_ND.dtype)
@@ -97,11 +100,15 @@ class _Experts(torch.autograd.Function):
 def _combine(rows_MD: Tensor, place_M: Tensor, k: int) -> Tensor:
     """Sum of each token's k sorted rows: a gather, so deterministic."""
     if rows_MD.device.type == "cpu" and rows_MD.dtype == torch.float32:
-        return F.embedding_bag(place_M.view(-1, k), rows_MD, mode="sum")  # gathers and adds without a copy between
+        return F.embedding_bag(
+            place_M.view(-1, k), rows_MD, mode="sum"
+        )  # gathers and adds without a copy between
     return gather_rows(0, rows_MD, place_M).view(-1, k, rows_MD.shape[1]).sum(1)
 
 
-def grouped_swiglu(x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, limit: float) -> Tensor:
+def grouped_swiglu(
+    x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor, gate_up_EGD: Tensor, down_EDF: Tensor, limit: float
+) -> Tensor:
     """See ``reference.grouped_swiglu``.
 
     Raises:

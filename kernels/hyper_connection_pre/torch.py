@@ -14,7 +14,9 @@ from kernels._support import full_dtype
 from kernels.rms_norm.torch import inverse_rms
 
 
-def _sinkhorn(comb_jkN: Tensor, iterations: int, eps: float) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
+def _sinkhorn(
+    comb_jkN: Tensor, iterations: int, eps: float
+) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
     """The balanced matrices and, for the backward pass, each step's ``(dimension, sums, result)``."""
     steps = []
     for dim in (0, *(1, 0) * (iterations - 1)):
@@ -45,7 +47,12 @@ class _Pre(torch.autograd.Function):
         collapsed = torch.bmm(pre.add_(eps).T.contiguous()[:, None], h).squeeze(1)
         ctx.save_for_backward(h_NnD, fn, base, scale, inverse_N1, z_zN)
         ctx.iterations, ctx.eps = iterations, eps
-        return collapsed.to(h_NnD.dtype), post.mul_(2).T.contiguous(), comb.permute(2, 0, 1).contiguous(), h_NnD
+        return (
+            collapsed.to(h_NnD.dtype),
+            post.mul_(2).T.contiguous(),
+            comb.permute(2, 0, 1).contiguous(),
+            h_NnD,
+        )
 
     @staticmethod
     def backward(ctx, d_collapsed, d_post, d_comb, d_h):
@@ -74,7 +81,15 @@ class _Pre(torch.autograd.Function):
         d_u = d_h.to(full).view(N, n * D).addmm_(d_raw, fn_full).addcmul_(u, inner_N1)
         d_u.view(N, n, D).addcmul_((pre + eps).T[..., None], d_col[:, None])
         d_fn = d_raw.T @ u
-        return d_u.view(N, n, D).to(h_NnD.dtype), d_fn.to(fn.dtype), d_base.to(base.dtype), d_scale.to(scale.dtype), None, None, None
+        return (
+            d_u.view(N, n, D).to(h_NnD.dtype),
+            d_fn.to(fn.dtype),
+            d_base.to(base.dtype),
+            d_scale.to(scale.dtype),
+            None,
+            None,
+            None,
+        )
 
 
 def hyper_connection_pre(

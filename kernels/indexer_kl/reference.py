@@ -33,7 +33,9 @@ def indexer_kl(
     scores_BTC = scores(q_BTHK, keys_BCK, weights_BTH, geometry, rate)
     counted_BT = (geometry.entries(rate).visible_BT > 0) & geometry.real_BT
     if selected_BTS is not None and scores_BTC.shape[-1]:
-        scores_BTC = scores_BTC.gather(2, selected_BTS.clamp(min=0)).masked_fill(selected_BTS < 0, float("-inf"))
+        scores_BTC = scores_BTC.gather(2, selected_BTS.clamp(min=0)).masked_fill(
+            selected_BTS < 0, float("-inf")
+        )
     log_model = scores_BTC[counted_BT].log_softmax(-1)
     target = mass.to(log_model.dtype)[counted_BT]
     target = target / target.sum(-1, keepdim=True).clamp(min=1e-30)

@@ -23,7 +23,9 @@ def scores(q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geometry: Geom
     return scores_BTC.masked_fill((slots_C < first) | (slots_C >= first + visible), float("-inf"))
 
 
-def indexer_select(q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geometry: Geometry, *, rate: int, topk: int) -> Tensor:
+def indexer_select(
+    q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geometry: Geometry, *, rate: int, topk: int
+) -> Tensor:
     """Row-local indices of the best ``S = min(topk, C)`` visible entries ``[B, T, S]``, -1 where there are fewer.
 
     No gradient flows through a selection. ``weights_BTH`` carry the scales K^-½ and H^-½.

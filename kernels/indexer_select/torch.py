@@ -30,7 +30,9 @@ def chunk_scores(q_GWHK: Tensor, keys_GLK: Tensor, weights_GWH: Tensor) -> tuple
 
 
 @torch.no_grad()
-def indexer_select(q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geometry: Geometry, *, rate: int, topk: int) -> Tensor:
+def indexer_select(
+    q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geometry: Geometry, *, rate: int, topk: int
+) -> Tensor:
     """See ``reference.indexer_select``."""
     S, work = min(topk, keys_BCK.shape[1]), working_dtype(q_BTHK)
     selected_BTS = q_BTHK.new_full((*q_BTHK.shape[:2], S), -1, dtype=torch.long)
@@ -51,7 +53,9 @@ def indexer_select(q_BTHK: Tensor, keys_BCK: Tensor, weights_BTH: Tensor, geomet
     return selected_BTS
 
 
-def _retake_ties(scores_GWL: Tensor, values_GWS: Tensor, index_GWS: Tensor, plan: BlockPlan, chunk: Chunk, low_G1: Tensor) -> Tensor:
+def _retake_ties(
+    scores_GWL: Tensor, values_GWS: Tensor, index_GWS: Tensor, plan: BlockPlan, chunk: Chunk, low_G1: Tensor
+) -> Tensor:
     """The selection, with the choice among equal scores made as for the document alone.
 
     Entries that no head likes all score zero, and which of them a top-k keeps depends on what else is in the row:

@@ -1,4 +1,7 @@
-"""Log-probability of given tokens under ``softmax(hidden · headᵀ)``, in fp32. Legend: N tokens, D model, V vocabulary."""
+"""Log-probability of given tokens under ``softmax(hidden · headᵀ)``, in fp32.
+
+Legend: N tokens, D model, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,9 @@ from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype
 
 
-def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprob(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """``(logprob [N] fp32, correct [N] bool, entropy [N] fp32 detached)``.
 
     ``correct`` says whether the target has the largest logit; ``chunk``, tokens worked on at once, is for

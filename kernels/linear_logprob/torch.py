@@ -8,7 +8,10 @@ from torch import Tensor
 from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype, workspace
 
-CPU_CHUNK, DEVICE_CHUNK = 1 << 19, 1 << 27  # logits held at once: 2 MiB stay in a core's cache; 512 MiB fill a device
+CPU_CHUNK, DEVICE_CHUNK = (
+    1 << 19,
+    1 << 27,
+)  # logits held at once: 2 MiB stay in a core's cache; 512 MiB fill a device
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -56,7 +59,9 @@ class _LinearLogprob(torch.autograd.Function):
         return d_hidden, d_weight.to(weight_VD.dtype), None, None
 
 
-def linear_logprob(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def linear_logprob(
+    hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """See ``reference.linear_logprob``; ``chunk`` tokens at once, by default as many as the device has use for."""
     held = CPU_CHUNK if hidden_ND.device.type == "cpu" else DEVICE_CHUNK
     return _LinearLogprob.apply(hidden_ND, weight_VD, targets_N, chunk or max(16, held // weight_VD.shape[0]))

@@ -45,7 +45,9 @@ def shared_kv_attention(
     q = rope(q * (q.square().mean(-1, keepdim=True) + eps).rsqrt(), cos_BTR[:, :, None], sin_BTR[:, :, None])
     steps_T = torch.arange(T, device=q.device)
     back_BTT = steps_T[:, None] - steps_T
-    seen = (back_BTT >= 0) & (back_BTT < window) & (geometry.start_BT[:, :, None] == geometry.start_BT[:, None])
+    seen = (
+        (back_BTT >= 0) & (back_BTT < window) & (geometry.start_BT[:, :, None] == geometry.start_BT[:, None])
+    )
     keys = kv_BTK.to(full)
     if entries_BCK is not None:
         entries, C = geometry.entries(rate), entries_BCK.shape[1]

@@ -76,7 +76,9 @@ class _Inputs:
             if index_GWS is not None:
                 chosen = torch.zeros(G, W, chunk.entries + 1, dtype=torch.bool, device=scores.device)
                 seen_GWL = seen_GWL & chosen.scatter_(2, index_GWS, True)[..., :-1]
-            entry_bias = torch.zeros(seen_GWL.shape, device=scores.device).masked_fill_(~seen_GWL, float("-inf"))
+            entry_bias = torch.zeros(seen_GWL.shape, device=scores.device).masked_fill_(
+                ~seen_GWL, float("-inf")
+            )
             scores[..., 1 + self.S :] += entry_bias[:, :, None]
         scores[..., 0] = self.sinks_H
         return _softmax(scores)
@@ -113,7 +115,7 @@ class _Attention(torch.autograd.Function):
             keys = inputs.keys(chunk, flat)
             q, _ = _normed(inputs, chunk, q_BTHK, angles)
             p = inputs.probabilities(chunk, q, keys, slots, index)
-            G, _, H, X = p.shape
+            G, _, _H, X = p.shape
             out = torch.bmm(p.view(G, -1, X).to(keys.dtype), keys).view(q.shape)
             plan.put(out_BTHK, chunk, rotate_(out, *angles, inverse=True))
             if want_mass and chunk.entries:
@@ -139,7 +141,11 @@ class _Attention(torch.autograd.Function):
         d_q = torch.empty_like(q_BTHK)
         d_sinks = torch.zeros(sinks_H.shape, dtype=full, device=sinks_H.device)
         d_kv = torch.zeros(B, plan.window + plan.blocks * W, K, dtype=full, device=kv_BTK.device)
-        d_entries = None if entries_BCK is None else torch.zeros(B * inputs.entry_count, K, dtype=full, device=d_kv.device)
+        d_entries = (
+            None
+            if entries_BCK is None
+            else torch.zeros(B * inputs.entry_count, K, dtype=full, device=d_kv.device)
+        )
         for chunk in plan.chunks:
             angles = inputs.angles(chunk)
             slots, flat = inputs.slots(chunk) if chunk.entries else (None, None)
@@ -217,5 +223,14 @@ def shared_kv_attention(
     plan = geometry.plan(block, window, rate if entries_BCK is not None else None, q_BTHK.shape[2])
     want_mass = want_mass and entries_BCK is not None
     return _Attention.apply(
-        q_BTHK.contiguous(), kv_BTK, entries_BCK, sinks_H, cos_BTR, sin_BTR, plan, selected_BTS, want_mass, eps
+        q_BTHK.contiguous(),
+        kv_BTK,
+        entries_BCK,
+        sinks_H,
+        cos_BTR,
+        sin_BTR,
+        plan,
+        selected_BTS,
+        want_mass,
+        eps,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -64,10 +65,8 @@ class Cpu(Accelerator):
 
     def reset_memory_peak(self) -> None:
         """Linux can forget the peak of a process; elsewhere it stays that of the whole life of the process."""
-        try:
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            pass
 
     def synchronize(self) -> None:
         """CPU work is done when a call returns."""

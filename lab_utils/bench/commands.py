@@ -12,7 +12,9 @@ app = typer.Typer(help="Side-by-side measurements against a peer.", no_args_is_h
 @app.command()
 def step(
     preset: str = typer.Option("reference", help="A model preset."),
-    shapes: str = typer.Option("8x256,2x1024,1x2048,1x4096,1x8192", help="Rows × tokens, separated by commas."),
+    shapes: str = typer.Option(
+        "8x256,2x1024,1x2048,1x4096,1x8192", help="Rows × tokens, separated by commas."
+    ),
     limit_gib: float = typer.Option(16.0, help="Memory each process may use, GiB."),
     threads: int = typer.Option(None, min=1, help="CPU threads; absent: all cores."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
@@ -43,7 +45,16 @@ def step(
     def cell(value: float | None, form: str) -> str:
         return "out of memory" if value is None and peer else "" if value is None else format(value, form)
 
-    columns = ["rows × T", "ours tok/s", "peer tok/s", "ratio", "ours MiB", "peer MiB", "ours % peak", "peer % peak"]
+    columns = [
+        "rows × T",
+        "ours tok/s",
+        "peer tok/s",
+        "ratio",
+        "ours MiB",
+        "peer MiB",
+        "ours % peak",
+        "peer % peak",
+    ]
     drawn = [
         (
             f"{row['B']}×{row['T']}",
@@ -57,14 +68,18 @@ def step(
         )
         for row in rows
     ]
-    title = f"One training step, {preset}, {dtype} on {device}; peak {rows[0]['peak_flops'] / 1e9:,.0f} GFLOP/s"
+    title = (
+        f"One training step, {preset}, {dtype} on {device}; peak {rows[0]['peak_flops'] / 1e9:,.0f} GFLOP/s"
+    )
     emit(rows, as_json, lambda: table(title, columns, drawn, right=columns[1:]))
 
 
 @app.command()
 def quality(
     recipe: str = typer.Argument("sft_tiny", help="The recipe whose data and token budget both use."),
-    run: str = typer.Option(None, "--run", help="An existing run of it for our side; absent: it is run first."),
+    run: str = typer.Option(
+        None, "--run", help="An existing run of it for our side; absent: it is run first."
+    ),
     limit: int = typer.Option(None, "--limit", min=1, help="At most this many questions."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:

@@ -49,7 +49,9 @@ def bench_quality(recipe_name: str, *, run: str | None = None, limit: int | None
         command = [sys.executable, "-m", "lab_utils.bench.quality", str(folder), str(limit or 0)]
         done = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, check=False)
     if done.returncode:
-        raise RunError(f"The plain Trainer loop failed: {log.read_text().strip().splitlines()[-1]} (log: {log})")
+        raise RunError(
+            f"The plain Trainer loop failed: {log.read_text().strip().splitlines()[-1]} (log: {log})"
+        )
     mine = {
         "exact_match": report["exact_match"]["after"],
         "by_family": {family: row["after"] for family, row in report["by_family"].items()},
@@ -115,7 +117,9 @@ def _train_plainly(folder: Path, limit: int | None) -> dict[str, Any]:
             labels[row, :n] = torch.where(bears, ids[row, :n], -100)
         return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder / "base", dtype=torch.float32, attn_implementation="eager"
+    )
     started = time.time()
     Trainer(model=model, args=arguments, train_dataset=documents, data_collator=collate).train()
     seconds = time.time() - started

@@ -123,11 +123,11 @@ def _measure(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ours(settings: dict[str, Any], dtype: Any, device: Any) -> tuple[Any, Callable]:
+    import torch
+
     from lab_utils.data.rows import PackedRows
     from lab_utils.models.load import load_model
     from lab_utils.objectives.sft import Sft
-
-    import torch
 
     # The peer has no indexer loss, so ours leaves it out here: the same work on both sides.
     model = load_model(settings["weights"], dtype=dtype, device=device, indexer_loss=0.0)
@@ -153,7 +153,9 @@ def _ours(settings: dict[str, Any], dtype: Any, device: Any) -> tuple[Any, Calla
 def _peer(settings: dict[str, Any], dtype: Any, device: Any) -> tuple[Any, Callable]:
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(settings["weights"], dtype=dtype, attn_implementation="eager")
+    model = AutoModelForCausalLM.from_pretrained(
+        settings["weights"], dtype=dtype, attn_implementation="eager"
+    )
     model = model.to(device).train()
     return model, lambda ids_BT: model(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
 

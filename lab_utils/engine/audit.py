@@ -53,12 +53,16 @@ def compare(before: dict[str, Tensor], after: dict[str, Tensor], parameters: set
     """
     if before.keys() != after.keys():
         odd = sorted(before.keys() ^ after.keys())[0]
-        raise CheckpointError(f"Tensor '{odd}' is only in one of start and checkpoint: the recipe's model has changed.")
+        raise CheckpointError(
+            f"Tensor '{odd}' is only in one of start and checkpoint: the recipe's model has changed."
+        )
     rows, buffers = [], []
     for name, old in before.items():
         new = after[name].reshape(old.shape) if after[name].numel() == old.numel() else None
         if new is None:
-            raise CheckpointError(f"Tensor '{name}' has another size than at the start: the recipe's model has changed.")
+            raise CheckpointError(
+                f"Tensor '{name}' has another size than at the start: the recipe's model has changed."
+            )
         (rows if name in parameters else buffers).append(_row(name, old, new))
     unchanged = [row["name"] for row in rows if not row["changed"]]
     indexer = [row["changed"] for row in rows if INDEXER in row["name"]]

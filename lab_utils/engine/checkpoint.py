@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,7 +37,7 @@ def folder(root: Path, step: int) -> Path:
     return root / f"step-{step:06d}"
 
 
-# -- writing ------------------------------------------------------------------------------------------------------------
+# -- writing -------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -66,9 +65,13 @@ def save(
     final = folder(root, step)
     temporary = root / f".{final.name}.partial"
     _agree(final, _attempt(lambda: _make_folders(temporary)) if rank == 0 else None, temporary, rank)
-    problem = _attempt(lambda: _write_optimizer(temporary / "optimizer", optimizer_state, rank), drain=optimizer_state)
+    problem = _attempt(
+        lambda: _write_optimizer(temporary / "optimizer", optimizer_state, rank), drain=optimizer_state
+    )
     if rank == 0 and problem is None:
-        problem = _attempt(lambda: (write_model(temporary / "model"), _write_json(temporary / "state.json", state)))
+        problem = _attempt(
+            lambda: (write_model(temporary / "model"), _write_json(temporary / "state.json", state))
+        )
     _agree(final, problem, temporary, rank)
 
     def publish() -> None:
@@ -157,7 +160,7 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-# -- reading ------------------------------------------------------------------------------------------------------------
+# -- reading -------------------------------------------------------------------------------------------------
 
 
 def complete(root: Path) -> list[Path]:

@@ -146,8 +146,8 @@ class DataParallelPlugin(HybridParallelPlugin):
     - Defect: ``precision="bf16"`` casts *all* parameters, buffers and float inputs of forward (the router's weight and
       bias, sinks, loss weights). The model comes with the dtypes it wants; the wrapper is told "fp32", which casts
       nothing.
-    - Defect: ZeRO refuses fp32, and stage 0 goes through DDP, which hangs on a parameter without a gradient. Both stages
-      use ``ZeroOptimizer``: stage 0 is one shard and a gradient sum over the ranks.
+    - Defect: ZeRO refuses fp32, and stage 0 goes through DDP, which hangs on a parameter without a gradient. Both
+      stages use ``ZeroOptimizer``: stage 0 is one shard and a gradient sum over the ranks.
     - Defect: ``max_norm`` clips by a norm that is wrong with experts or an empty group: it stays 0, the engine clips.
     """
 
@@ -166,7 +166,7 @@ class DataParallelPlugin(HybridParallelPlugin):
     def supported_devices(self) -> list[str]:
         return ["cpu", "cuda", "npu"]
 
-    def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):  # noqa: ANN001, ANN201
+    def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         names = global_names(model)
         param_info = get_param_info(optimizer)
         wrapped = HybridParallelModule(
@@ -198,7 +198,7 @@ class DataParallelPlugin(HybridParallelPlugin):
 
 
 def global_names(model: torch.nn.Module) -> dict[int, str]:
-    """Name of each parameter as checkpoints have it, by id: the first one in the state dict, which knows tied weights."""
+    """Name of each parameter as checkpoints have it, by id: the first in the state dict, which knows tied weights."""
     names: dict[int, str] = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if isinstance(value, torch.nn.Parameter):
@@ -211,7 +211,13 @@ def start(accelerator: Accelerator, seed: int) -> tuple[int, int]:
     set_accelerator(CompleteCpu() if accelerator.name == "cpu" else accelerator.name)
     if not dist.is_initialized():
         if "RANK" not in os.environ:
-            alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+            alone = {
+                "RANK": 0,
+                "LOCAL_RANK": 0,
+                "WORLD_SIZE": 1,
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": _free_port(),
+            }
             os.environ.update({key: str(value) for key, value in alone.items()})
         colossalai.launch_from_torch(seed=seed % 2**32, verbose=False)
     return dist.get_rank(), dist.get_world_size()

@@ -30,7 +30,11 @@ def export(
     from lab_utils.runs.directory import find
 
     report = write(find(run), folder)
-    emit(report, json, lambda: typer.echo(f"{report['path']}: {report['bytes'] / 2**20:.1f} MiB, {report['checkpoint']}"))
+    emit(
+        report,
+        json,
+        lambda: typer.echo(f"{report['path']}: {report['bytes'] / 2**20:.1f} MiB, {report['checkpoint']}"),
+    )
 
 
 def _show(report: dict, all_tensors: bool) -> None:
@@ -41,13 +45,18 @@ def _show(report: dict, all_tensors: bool) -> None:
     table(
         f"{report['run']} · {report['checkpoint']}: {report['changed']} of {report['tensors']} tensors changed",
         ("tensor", "shape", "relative change"),
-        [(row["name"], "×".join(map(str, row["shape"])) or "scalar", f"{row['relative_change']:.2e}") for row in shown],
+        [
+            (row["name"], "×".join(map(str, row["shape"])) or "scalar", f"{row['relative_change']:.2e}")
+            for row in shown
+        ],
         right=("relative change",),
     )
     for name in report["unchanged"]:
         typer.echo(f"unchanged: {name}")
     if report["indexer_changed"] is not None:
-        typer.echo(f"indexer: {'every tensor changed' if report['indexer_changed'] else 'NOT every tensor changed'}")
+        typer.echo(
+            f"indexer: {'every tensor changed' if report['indexer_changed'] else 'NOT every tensor changed'}"
+        )
     for row in report["buffers"]:
         if row["changed"]:
             typer.echo(f"buffer changed: {row['name']} by {row['relative_change']:.2e}")

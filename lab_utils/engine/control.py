@@ -27,7 +27,7 @@ class StopRequests:
         self._signalled = Stop.NO
 
     @contextmanager
-    def listening(self):  # noqa: ANN201
+    def listening(self):
         """Take the two signals for the time of training, where this is the main thread (a notebook's is not)."""
         kept = {}
         try:

@@ -51,7 +51,11 @@ class Engine:
     """
 
     def __init__(
-        self, recipe: Recipe, accelerator: Accelerator, run_dir: Any, build: Callable[..., Parts] = build_parts
+        self,
+        recipe: Recipe,
+        accelerator: Accelerator,
+        run_dir: Any,
+        build: Callable[..., Parts] = build_parts,
     ) -> None:
         self.recipe, self.accelerator, self.run_dir = recipe, accelerator, run_dir
         self._build: Callable[..., Parts] = build
@@ -99,7 +103,13 @@ class Engine:
         found, broken = checkpoint.newest(self.checkpoints, rank=self.rank, world=self.world)
         source = str(found / "model") if found else None
         self.parts = self._build(
-            recipe, self.accelerator, self.run_dir, rank=self.rank, world=self.world, device=self.device, source=source
+            recipe,
+            self.accelerator,
+            self.run_dir,
+            rank=self.rank,
+            world=self.world,
+            device=self.device,
+            source=source,
         )
         self.booster, self.model, self.optimizer = colossal.boost(
             self.parts.model, self.parts.optimizer(recipe.optim), zero=recipe.parallel.zero
@@ -143,7 +153,11 @@ class Engine:
         """One small all-reduce a step: requests to stop, and the counts that the global batch's means are over."""
         auxiliary = self._auxiliary_counts(micro)
         own = [request == Stop.NOW, request == Stop.AFTER_CHECKPOINT]
-        own += [sum(map(self.parts.objective.denominator, micro)), sum(m.tokens for m in micro), *auxiliary.values()]
+        own += [
+            sum(map(self.parts.objective.denominator, micro)),
+            sum(m.tokens for m in micro),
+            *auxiliary.values(),
+        ]
         now, later, count, tokens, *sums = all_reduce([float(value) for value in own], self.device)
         self.stop = Stop.AFTER_CHECKPOINT if later else Stop.NOW if now else Stop.NO
         self.loss_count, self.batch_tokens = count or 1.0, tokens or 1.0
@@ -158,7 +172,7 @@ class Engine:
         return {name: float(sum(part[name] for part in parts)) for name in sorted(parts[0])}
 
     def forward_backward(self, micro_batches: list[Any]) -> dict[str, Metric]:
-        """Gradients of the mean loss over the global batch, summed over micro-batches here and over ranks at the end."""
+        """Gradients of the mean loss over the global batch, summed over micro-batches here, over ranks at the end."""
         found = []
         with self.clock.part("forward_backward"):
             for i, rows in enumerate(micro_batches):
@@ -183,8 +197,10 @@ class Engine:
         metrics |= {key if "/" in key else f"train/{key}": metric for key, metric in output.metrics.items()}
         for name, aux in output.auxiliary.items():
             known = self.auxiliary_counts.get(name)
-            share = 1.0 / max(known, 1.0) if known is not None else (
-                rows.tokens / self.batch_tokens / torch.as_tensor(aux.count).clamp(min=1.0)
+            share = (
+                1.0 / max(known, 1.0)
+                if known is not None
+                else (rows.tokens / self.batch_tokens / torch.as_tensor(aux.count).clamp(min=1.0))
             )
             loss = loss + aux.weight * share * aux.total
             metrics[f"train/{name}"] = Mean(aux.total.detach(), aux.count)
@@ -230,7 +246,8 @@ class Engine:
         self.save()
         raise RunError(
             f"Loss or gradient was not finite in {limit} steps in a row (schedule.max_skipped), up to step "
-            f"{progress.step}; the last good state is saved as {checkpoint.folder(self.checkpoints, self.progress.step).name}: "
+            f"{progress.step}; the last good state is saved as "
+            f"{checkpoint.folder(self.checkpoints, self.progress.step).name}: "
             f"lower optim.lr or look at the data of these steps, then start a new run."
         )
 
@@ -239,17 +256,19 @@ class Engine:
     def log(self, metrics: dict[str, Metric]) -> None:
         """One line every ``tracking.log_every`` steps, over all steps since the last line and all ranks."""
         memory = self.accelerator.memory()
-        self.pending.append({
-            **metrics,
-            **self.clock.metrics(),
-            "tokens": Sum(self.batch_tokens / self.world),
-            "positions": Sum(float(self.local_positions)),
-            "flops": Sum(self.local_flops),
-            "mem/allocated_peak": Max(memory.allocated_peak / GIB),
-            "mem/reserved_peak": Max(memory.reserved_peak / GIB),
-            "mem/alloc_retries": Max(float(memory.alloc_retries)),
-            "mem/peak_frac": Max(memory.reserved_peak / memory.capacity if memory.capacity else 0.0),
-        })
+        self.pending.append(
+            {
+                **metrics,
+                **self.clock.metrics(),
+                "tokens": Sum(self.batch_tokens / self.world),
+                "positions": Sum(float(self.local_positions)),
+                "flops": Sum(self.local_flops),
+                "mem/allocated_peak": Max(memory.allocated_peak / GIB),
+                "mem/reserved_peak": Max(memory.reserved_peak / GIB),
+                "mem/alloc_retries": Max(float(memory.alloc_retries)),
+                "mem/peak_frac": Max(memory.reserved_peak / memory.capacity if memory.capacity else 0.0),
+            }
+        )
         step, last = self.progress.step, self.progress.step == self.recipe.schedule.steps
         if not (last or _due(step, self.recipe.tracking.log_every)):
             return
@@ -257,7 +276,9 @@ class Engine:
         reduced = over_ranks(reduce_metrics(self.pending), self.device)
         self.pending = []
         if self.rank == 0:
-            self.parts.telemetry.log(step, {**self._throughput(to_values(reduced), steps), **self._standing()})
+            self.parts.telemetry.log(
+                step, {**self._throughput(to_values(reduced), steps), **self._standing()}
+            )
             self._status()
 
     def _throughput(self, values: dict[str, float], steps: int) -> dict[str, float]:
@@ -270,7 +291,9 @@ class Engine:
             "perf/tflops_per_chip": flops / seconds / self.world / 1e12,
             "perf/padding_frac": 1.0 - tokens / positions,
         }
-        if self.peak.flops:  # unknown for a device without a published rate: no number is better than a wrong one
+        if (
+            self.peak.flops
+        ):  # unknown for a device without a published rate: no number is better than a wrong one
             rates["perf/mfu"] = flops / seconds / self.world / self.peak.flops
         return values | rates
 
@@ -327,7 +350,7 @@ class Engine:
             self.parts.telemetry.event("checkpoint", str(written))
 
     def _resume(self, found: Any) -> None:
-        """Take up everything that a checkpoint holds; with the same ranks the next step is the one that would have been."""
+        """Take up everything that a checkpoint holds; with the same ranks, the next step is as if never stopped."""
         checkpoint.load_optimizer(found, self.optimizer)
         state = checkpoint.read_state(found)
         self.progress = Progress(**{key: state[key] for key in asdict(self.progress)})
@@ -379,4 +402,6 @@ def _place(threads: int | None) -> tuple[int, int | None, int]:
 def _make_deterministic() -> None:
     """Same bits for the same recipe and layout, where the device has such kernels; elsewhere torch warns by name."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # it only costs: nothing reads uninitialised memory
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # it only costs: nothing reads uninitialised memory
+    )

@@ -23,7 +23,9 @@ def export(run_dir: Any, out_dir: str | Path) -> dict[str, Any]:
     """
     out = Path(out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists and is not an empty folder: give another folder; nothing is overwritten.")
+        raise CheckpointError(
+            f"{out} exists and is not an empty folder: give another folder; nothing is overwritten."
+        )
     found, _ = checkpoint.newest(Path(run_dir.path) / "checkpoints")
     if found is None:
         raise CheckpointError(f"{run_dir.path} has no checkpoint to export: let the run save one first.")
@@ -38,7 +40,9 @@ def export(run_dir: Any, out_dir: str | Path) -> dict[str, Any]:
             out.rmdir()
         partial.rename(out)
     except OSError as error:
-        raise CheckpointError(f"{out}: the export could not be written ({error}); the run is untouched.") from None
+        raise CheckpointError(
+            f"{out}: the export could not be written ({error}); the run is untouched."
+        ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     files = sorted(p for p in out.iterdir() if p.is_file())
@@ -52,7 +56,9 @@ def _write_generation_config(folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id).save_pretrained(folder)
+    GenerationConfig(**ids, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id).save_pretrained(
+        folder
+    )
 
 
 def _check_loads(folder: Path) -> None:
@@ -63,7 +69,11 @@ def _check_loads(folder: Path) -> None:
         _, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0]
-        raise CheckpointError(f"{folder}: transformers does not load the exported model ({reason}).") from None
+        raise CheckpointError(
+            f"{folder}: transformers does not load the exported model ({reason})."
+        ) from None
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if odd := sorted(str(key) for key in info.get(kind, ())):
-            raise CheckpointError(f"{folder}: transformers finds {kind.replace('_', ' ')} in the export: {odd[0]}.")
+            raise CheckpointError(
+                f"{folder}: transformers finds {kind.replace('_', ' ')} in the export: {odd[0]}."
+            )

@@ -64,7 +64,14 @@ class Parts:
 
 
 def build_parts(
-    recipe: Recipe, accelerator: Accelerator, run_dir: Any, *, rank: int, world: int, device: Any, source: str | None
+    recipe: Recipe,
+    accelerator: Accelerator,
+    run_dir: Any,
+    *,
+    rank: int,
+    world: int,
+    device: Any,
+    source: str | None,
 ) -> Parts:
     """The parts of one rank.
 
@@ -95,12 +102,16 @@ def build_parts(
     return Parts(
         model=model,
         train=build_loader(recipe, tokenizer, sources=recipe.data.train, train=True, **shared),
-        validation=build_loader(recipe, tokenizer, sources=held_out, train=False, **shared) if held_out else None,
+        validation=build_loader(recipe, tokenizer, sources=held_out, train=False, **shared)
+        if held_out
+        else None,
         objective=get_objective(recipe.objective),
         write_model=write_model,
         telemetry=Telemetry(
             make_sinks(recipe), ChipSampler(accelerator.name, recipe.tracking.chip_seconds, run_dir.path)
-        ) if rank == 0 else Telemetry(MultiSink([])),
+        )
+        if rank == 0
+        else Telemetry(MultiSink([])),
     )
 
 

@@ -25,7 +25,9 @@ def all_reduce(values: list[float], device: torch.device, op: Any = SUM) -> list
     """Numbers reduced over all ranks in one collective; float64 where the device has it."""
     if not values or dist.get_world_size() == 1:
         return list(values)
-    packed = torch.tensor(values, device=device, dtype=torch.float32 if device.type == "npu" else torch.float64)
+    packed = torch.tensor(
+        values, device=device, dtype=torch.float32 if device.type == "npu" else torch.float64
+    )
     dist.all_reduce(packed, op=op)
     return packed.tolist()
 

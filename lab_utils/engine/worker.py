@@ -16,7 +16,14 @@ from lab_utils.accelerators import get_accelerator
 from lab_utils.errors import LabError
 from lab_utils.recipe import Recipe
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "recvBytes", "Broken pipe", "HCCL", "NCCL")
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "recvBytes",
+    "Broken pipe",
+    "HCCL",
+    "NCCL",
+)
 
 
 def main(arguments: list[str]) -> int:
@@ -32,7 +39,9 @@ def main(arguments: list[str]) -> int:
     try:
         recipe: Recipe = run_dir.recipe
         accelerator = get_accelerator(recipe.cluster.accelerator)
-        from lab_utils.engine.engine import Engine  # ColossalAI takes seconds to import: not before the recipe is read
+        from lab_utils.engine.engine import (
+            Engine,
+        )  # ColossalAI takes seconds to import: not before the recipe is read
 
         engine = Engine(recipe, accelerator, run_dir)
         engine.fit()
@@ -51,13 +60,19 @@ def main(arguments: list[str]) -> int:
             _record(run_dir, engine, _lost_peer(), primary=False)
         else:
             text = " ".join(str(error).split())[:300]
-            _record(run_dir, engine, f"{_where(engine)}: {type(error).__name__}: {text} (traceback in the rank's log).")
+            _record(
+                run_dir,
+                engine,
+                f"{_where(engine)}: {type(error).__name__}: {text} (traceback in the rank's log).",
+            )
         return 1
 
 
 def _where(engine: Any) -> str:
     rank = os.environ.get("RANK", "0")
-    return f"Rank {rank}, after step {engine.progress.step}" if engine else f"Rank {rank}, before the first step"
+    return (
+        f"Rank {rank}, after step {engine.progress.step}" if engine else f"Rank {rank}, before the first step"
+    )
 
 
 def _lost_peer() -> str:

@@ -1,8 +1,8 @@
 """ZeRO-1 on flat fp32 gradient buffers: ColossalAI's optimizer with its sums, norm and step put right.
 
-Imported by ``colossal.py`` after ColossalAI itself. A bucket is a run of parameters of one group and dtype. Its gradient
-buffer is ``[S, n]``: S shards (ranks), n elements a shard; row r holds shard r of every parameter, each padded to a
-multiple of S. Reducing the buffer over the ranks leaves in row r the gradient of rank r's master slices.
+Imported by ``colossal.py`` after ColossalAI itself. A bucket is a run of parameters of one group and dtype. Its
+gradient buffer is ``[S, n]``: S shards (ranks), n elements a shard; row r holds shard r of every parameter, each padded
+to a multiple of S. Reducing the buffer over the ranks leaves in row r the gradient of rank r's master slices.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
     - Gradients are summed and accumulated over micro-batches in the working dtype (bf16): here in fp32, from a hook
       that takes each gradient as soon as it is made, so that no second full set of gradients exists.
     - Host work grows with parameters × ranks, one view and copy a slice: here one strided copy a parameter.
-    - ``low_level_optim.py`` averages over ranks; the engine has weighted the loss by the global token count: here a sum.
+    - ``low_level_optim.py`` averages over ranks; the engine weights the loss by the global token count: here a sum.
     - The gradient norm is computed after the step has begun and differs from rank to rank with experts: here
       ``gradient_norm`` comes first, from each element once, the same number on every rank.
     - All parameters must share one dtype ("device is required" on CPU besides): here a bucket has one dtype, and an
@@ -146,14 +146,16 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
-    def _collector(self, bucket: Bucket, place: Place):  # noqa: ANN202
+    def _collector(self, bucket: Bucket, place: Place):
         """A hook that adds a fresh gradient into the bucket in fp32 and lets go of it."""
         whole, rest = divmod(place.working.numel(), place.width)
         stop = place.start + place.width
 
         def collect(param: torch.nn.Parameter) -> None:
             flat = param.grad.reshape(-1)
-            bucket.gradients[:whole, place.start : stop].add_(flat[: whole * place.width].view(whole, place.width))
+            bucket.gradients[:whole, place.start : stop].add_(
+                flat[: whole * place.width].view(whole, place.width)
+            )
             if rest:
                 bucket.gradients[whole, place.start : place.start + rest].add_(flat[whole * place.width :])
             param.grad = None
@@ -162,7 +164,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
         return collect
 
     def _sync_grad(self) -> None:
-        """Sum every bucket over the data-parallel ranks, in fp32; called at the end of the last micro-batch's backward."""
+        """Sum every bucket over the data-parallel ranks, in fp32; called at the end of the last micro-batch."""
         if self.dp == 1:
             return
         for bucket in self.buckets:
@@ -209,7 +211,9 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
             if scale != 1.0:
                 row.mul_(scale)
             for place in bucket.places:
-                place.master.grad = row[place.start : place.start + place.width] if takes_part[place.index] else None
+                place.master.grad = (
+                    row[place.start : place.start + place.width] if takes_part[place.index] else None
+                )
         self.optim.step()
         for place in self.places:
             place.master.grad = None
@@ -282,7 +286,9 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
             if value.ndim == 0:
                 kept[key] = value.clone()
                 continue
-            padded = torch.nn.functional.pad(value.reshape(-1), (0, place.width * self.shards - value.numel()))
+            padded = torch.nn.functional.pad(
+                value.reshape(-1), (0, place.width * self.shards - value.numel())
+            )
             kept[key] = padded.view(self.shards, place.width)[self.shard].to(place.master.device, copy=True)
         place.master.copy_(kept.pop("master"))
         if kept:

@@ -76,7 +76,9 @@ def summary(report: dict[str, Any]) -> pd.DataFrame:
     """Exact match in percent by family, and overall in the last row."""
     import pandas as pd
 
-    rows = [(family, row["n"], row["before"], row["after"]) for family, row in sorted(report["by_family"].items())]
+    rows = [
+        (family, row["n"], row["before"], row["after"]) for family, row in sorted(report["by_family"].items())
+    ]
     rows.append(("all", report["n"], report["exact_match"]["before"], report["exact_match"]["after"]))
     frame = pd.DataFrame(rows, columns=["family", "questions", "before %", "after %"]).set_index("family")
     frame[["before %", "after %"]] = (100 * frame[["before %", "after %"]]).round(1)

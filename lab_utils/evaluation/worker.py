@@ -26,7 +26,9 @@ def load_questions(manifest: str, split: str, limit: int | None) -> list[dict[st
 
     source = load_manifest(manifest)
     if source.format != "prompt":
-        raise DataError(f"{source.name} has format {source.format}, but questions need format prompt: see lab data list.")
+        raise DataError(
+            f"{source.name} has format {source.format}, but questions need format prompt: see lab data list."
+        )
     rows = list(source.rows(split))
     if limit is None or limit >= len(rows):
         return rows
@@ -63,7 +65,9 @@ def compare(questions: list[dict[str, Any]], answers: dict[str, list[str]]) -> d
     """Exact match overall and by family for each stage (``before``, ``after``), and the answers side by side."""
     from lab_utils.data.tasks._base import verify_row
 
-    verdicts = {stage: [verify_row(q, a) for q, a in zip(questions, texts)] for stage, texts in answers.items()}
+    verdicts = {
+        stage: [verify_row(q, a) for q, a in zip(questions, texts)] for stage, texts in answers.items()
+    }
     families = sorted({q["verify"]["family"] for q in questions})
     of_family = {f: [i for i, q in enumerate(questions) if q["verify"]["family"] == f] for f in families}
 
@@ -102,7 +106,9 @@ def report(path: Path, manifest: str, split: str, limit: int | None) -> dict[str
     run = RunDirectory(path)
     checkpoints = run.checkpoints()
     if not checkpoints:
-        raise RunError(f"{path.name} has no complete checkpoint to evaluate: let it save one (schedule.save_every).")
+        raise RunError(
+            f"{path.name} has no complete checkpoint to evaluate: let it save one (schedule.save_every)."
+        )
     recipe = run.recipe
     questions = load_questions(manifest, split, limit)
     encoding = encoding_of(recipe)

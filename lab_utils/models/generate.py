@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lab_utils.models.base import TrainableModel
 
-
 ROW_TOKENS = 512  # a row holds several short prompts
 
 

@@ -40,7 +40,9 @@ class CausalAdapter(nn.Module):
         return ModelOutput(output.last_hidden_state)
 
 
-def load_adapter(folder: Path, *, dtype: torch.dtype, device: torch.device | str, checkpointing: str) -> CausalAdapter:
+def load_adapter(
+    folder: Path, *, dtype: torch.dtype, device: torch.device | str, checkpointing: str
+) -> CausalAdapter:
     """A local checkpoint folder as an adapter.
 
     Raises:
@@ -51,8 +53,12 @@ def load_adapter(folder: Path, *, dtype: torch.dtype, device: torch.device | str
     try:
         wrapped = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{folder}: transformers can't load it as a causal LM ({reason}); check the folder.") from None
+        reason = (
+            str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        )
+        raise CheckpointError(
+            f"{folder}: transformers can't load it as a causal LM ({reason}); check the folder."
+        ) from None
     if wrapped.get_output_embeddings() is None:
         raise CheckpointError(f"{folder}: the model has no LM head; give a causal LM.")
     return CausalAdapter(wrapped.to(device), checkpointing=checkpointing)

@@ -119,11 +119,17 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CheckpointError(f"{folder}: config.json is missing; give a folder in transformers' layout.") from None
+        raise CheckpointError(
+            f"{folder}: config.json is missing; give a folder in transformers' layout."
+        ) from None
     except ValueError:
-        raise CheckpointError(f"{folder / 'config.json'}: not valid JSON; copy the checkpoint again.") from None
+        raise CheckpointError(
+            f"{folder / 'config.json'}: not valid JSON; copy the checkpoint again."
+        ) from None
     if not isinstance(config, dict) or "model_type" not in config:
-        raise CheckpointError(f"{folder / 'config.json'}: no 'model_type'; give a folder in transformers' layout.")
+        raise CheckpointError(
+            f"{folder / 'config.json'}: no 'model_type'; give a folder in transformers' layout."
+        )
     return config
 
 
@@ -143,7 +149,9 @@ def read_state_dict(folder: Path) -> dict[str, Tensor]:
         except FileNotFoundError:
             raise CheckpointError(f"{folder}: {name} is missing; copy the checkpoint again.") from None
         except SafetensorError as error:
-            raise CheckpointError(f"{folder / name}: truncated or damaged ({error}); copy it again.") from None
+            raise CheckpointError(
+                f"{folder / name}: truncated or damaged ({error}); copy it again."
+            ) from None
     return state
 
 
@@ -172,14 +180,20 @@ def save_pretrained(
         if tensor.numel() and tensor.data_ptr() in stored:
             continue  # a tied weight: the file holds it once, under its first name
         stored.add(tensor.data_ptr())
-        cast = dtype is not None and tensor.is_floating_point() and not name.endswith("e_score_correction_bias")
+        cast = (
+            dtype is not None and tensor.is_floating_point() and not name.endswith("e_score_correction_bias")
+        )
         tensors[name] = tensor.detach().to("cpu", dtype if cast else None).contiguous()
     tree = config.to_dict() | {"architectures": config.architectures or ["DeepseekV4ForCausalLM"]}
-    tree["dtype"] = str(next(t.dtype for n, t in tensors.items() if n.endswith("weight"))).removeprefix("torch.")
+    tree["dtype"] = str(next(t.dtype for n, t in tensors.items() if n.endswith("weight"))).removeprefix(
+        "torch."
+    )
     parts = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         _write_shards(tensors, parts)
-        (parts / "config.json").write_text(json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        (parts / "config.json").write_text(
+            json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+        )
         parts.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -221,7 +235,9 @@ def _load_deepseek_v4(folder: Path, options: dict[str, Any]) -> TrainableModel:
     state, wanted = read_state_dict(folder), model.state_dict()
     for name, tensor in wanted.items():
         if name not in state:
-            raise CheckpointError(f"{folder}: tensor {name} is missing; the checkpoint doesn't fit its config.json.")
+            raise CheckpointError(
+                f"{folder}: tensor {name} is missing; the checkpoint doesn't fit its config.json."
+            )
         if state[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{folder}: tensor {name} has shape {list(state[name].shape)}, config.json asks for "
@@ -230,7 +246,9 @@ def _load_deepseek_v4(folder: Path, options: dict[str, Any]) -> TrainableModel:
     unknown = sorted(set(state) - set(wanted))
     unknown = [name for name in unknown if not name.removeprefix("model.").startswith("mtp.")]
     if unknown:
-        raise CheckpointError(f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a DeepSeek-V4 model.")
+        raise CheckpointError(
+            f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a DeepSeek-V4 model."
+        )
     model.load_state_dict({name: state[name] for name in wanted})
     return model
 

@@ -1,5 +1,5 @@
-"""Named DeepSeek-V4 configurations: ``tiny`` (a laptop), ``reference`` (the yardstick of ``lab bench step``), ``mini`` (one
-large accelerator), ``flash`` and ``pro`` (the released models: TR §4.2.1 and their config.json).
+"""Named DeepSeek-V4 configurations: ``tiny`` (a laptop), ``reference`` (the yardstick of ``lab bench step``), ``mini``
+(one large accelerator), ``flash`` and ``pro`` (the released models: TR §4.2.1 and their config.json).
 """
 
 from __future__ import annotations

@@ -56,10 +56,14 @@ class Sft:
         logprob = self.logprob or _registered(hidden_ND)
         logprob_N, correct_N, entropy_N = logprob(hidden_ND, head_weight_VD, targets_N)
         count = torch.tensor(float(targets_N.numel()), device=hidden_BTD.device)
-        return _output(-(weights_N * logprob_N).sum(), weights_N.sum(), correct_N.sum().float(), entropy_N.sum(), count)
+        return _output(
+            -(weights_N * logprob_N).sum(), weights_N.sum(), correct_N.sum().float(), entropy_N.sum(), count
+        )
 
 
-def _output(loss: Tensor, weight: Tensor, correct: Tensor, entropy: Tensor, tokens: Tensor) -> ObjectiveOutput:
+def _output(
+    loss: Tensor, weight: Tensor, correct: Tensor, entropy: Tensor, tokens: Tensor
+) -> ObjectiveOutput:
     metrics = {"mean_token_accuracy": Mean(correct, tokens), "entropy": Mean(entropy, tokens)}
     return ObjectiveOutput(loss=Mean(loss, weight), metrics=metrics)
 

@@ -6,6 +6,7 @@ without a ``parameters`` cell is refused, and the executed copy ends up beside t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -43,7 +44,9 @@ def check_parameters(path: Path, given: dict[str, Any]) -> None:
 
     known = list(papermill.inspect_notebook(str(path)))
     if not known:
-        raise RecipeError(f"{path.name} has no cell tagged 'parameters': tag the one that holds its settings.")
+        raise RecipeError(
+            f"{path.name} has no cell tagged 'parameters': tag the one that holds its settings."
+        )
     for name in given:
         if name not in known:
             raise RecipeError(f"{path.name} has no parameter '{name}': {nearest(name, known)}.")
@@ -136,9 +139,7 @@ def parse_parameters(words: list[str]) -> dict[str, Any]:
         _, name, text, *rest = rest
         value = yaml.safe_load(text)
         if isinstance(value, str):
-            try:
+            with contextlib.suppress(ValueError):
                 value = float(value)  # YAML 1.1 reads 1e-4 as text
-            except ValueError:
-                pass
         parameters[name] = value
     return parameters

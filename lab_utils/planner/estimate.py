@@ -52,7 +52,9 @@ class Estimate:
             "gradients a rank": f"{self.gradients_gib:.3f} GiB",
             "optimizer state a rank": f"{self.optimizer_gib:.3f} GiB",
             "peak a rank": f"{self.peak_flops / 1e12:.3g} TFLOP/s" if self.peak_flops else "unknown",
-            "predicted step": f"{step:.2f} s at {100 * self.utilisation:.0f} % utilisation" if step else "unknown",
+            "predicted step": f"{step:.2f} s at {100 * self.utilisation:.0f} % utilisation"
+            if step
+            else "unknown",
             "predicted run": f"{total / 60:.1f} minutes" if total else "unknown",
         }
         return pd.DataFrame({"estimate": rows})

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from lab_utils.accelerators import AUTO_ORDER, Accelerator, Peak, accelerator_class, get_accelerator
 from lab_utils.accelerators.cpu import measure_matmul
 from lab_utils.accelerators.cuda import data_sheet_peak
@@ -58,7 +59,12 @@ def test_generators_are_put_back(name: str) -> None:
 
     def draw() -> tuple:
         where = torch.device(name)
-        return random.random(), float(numpy.random.rand()), float(torch.rand(())), float(torch.rand((), device=where))
+        return (
+            random.random(),
+            float(numpy.random.rand()),
+            float(torch.rand(())),
+            float(torch.rand((), device=where)),
+        )
 
     first = draw()
     assert draw() != first
@@ -97,7 +103,9 @@ def test_the_cpu_peak_is_measured_once(tmp_path: Path, monkeypatch: pytest.Monke
     peak = device.peak("float32")
     assert peak.flops > 1e9 and "measured" in peak.source
     (file,) = tmp_path.glob("peak-*.json")
-    monkeypatch.setattr("lab_utils.accelerators.cpu.measure_matmul", lambda dtype: pytest.fail("measured again"))
+    monkeypatch.setattr(
+        "lab_utils.accelerators.cpu.measure_matmul", lambda dtype: pytest.fail("measured again")
+    )
     assert device.peak("float32") == peak
     file.write_text("{ torn")
     monkeypatch.setattr("lab_utils.accelerators.cpu.measure_matmul", lambda dtype: 5.0)

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+
 from lab_utils.data.rows import PackedRows
 from lab_utils.engine.parts import Parts, Telemetry
 from lab_utils.models.load import load_model, save_pretrained
@@ -108,7 +109,9 @@ class DocumentRows:
         self.step = state["step"]
 
 
-def indexer_counts(config: Any, position_ids: torch.Tensor, document_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+def indexer_counts(
+    config: Any, position_ids: torch.Tensor, document_ids: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """Queries of the indexer's KL loss: tokens that see a whole compressed entry of their document, in every
     layer.
     """
@@ -125,9 +128,14 @@ def builder(number: int, per_row: int, longest: int) -> Any:
     ) -> Parts:
         section = recipe.model
         model = load_model(
-            source or section.source, dtype=section.dtype, seed=recipe.seed, checkpointing=section.checkpointing
+            source or section.source,
+            dtype=section.dtype,
+            seed=recipe.seed,
+            checkpointing=section.checkpointing,
         )
-        model.auxiliary_counts = getattr(model, "auxiliary_counts", None) or partial(indexer_counts, model.config)
+        model.auxiliary_counts = getattr(model, "auxiliary_counts", None) or partial(
+            indexer_counts, model.config
+        )
         return Parts(
             model=model,
             train=DocumentRows(number, per_row, longest, 97, rank, world),

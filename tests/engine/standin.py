@@ -9,14 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
 from lab_utils.data.rows import PackedRows
 from lab_utils.engine.parts import Parts, Telemetry
 from lab_utils.objectives.sft import Sft
 from lab_utils.telemetry.jsonl import JsonlSink
 from lab_utils.telemetry.sinks import MultiSink
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 VOCAB, WIDTH, INNER = 37, 10, 23
 
@@ -34,7 +35,10 @@ class TinyModel(nn.Module):
             return nn.Parameter((torch.randn(*shape, generator=generator) * 0.3).to(dtype))
 
         self.embed, self.up, self.down, self.head = (
-            weight(VOCAB, WIDTH), weight(INNER, WIDTH), weight(WIDTH, INNER), weight(VOCAB, WIDTH)
+            weight(VOCAB, WIDTH),
+            weight(INNER, WIDTH),
+            weight(WIDTH, INNER),
+            weight(VOCAB, WIDTH),
         )
         self.decay = nn.Parameter(torch.tensor(0.5))  # fp32 in a bf16 model, and of no dimension
         self.bias = nn.Parameter(torch.zeros(INNER, dtype=dtype))
@@ -57,7 +61,10 @@ class TinyModel(nn.Module):
         state, out = torch.zeros_like(x_BTD[:, 0].float()), []
         for t in range(x_BTD.shape[1]):
             keep = (position_ids[:, t] > 0).unsqueeze(-1)
-            state = torch.where(keep, state * torch.sigmoid(self.decay), torch.zeros_like(state)) + x_BTD[:, t].float()
+            state = (
+                torch.where(keep, state * torch.sigmoid(self.decay), torch.zeros_like(state))
+                + x_BTD[:, t].float()
+            )
             out.append(state)
         mixed = torch.stack(out, 1).to(x_BTD.dtype)
         return mixed + torch.tanh(mixed @ self.up.T + self.bias) @ self.down.T
@@ -74,7 +81,6 @@ class TinyModel(nn.Module):
         kl = ((hidden.detach().float() @ self.indexer.float().T).square().sum(-1) * real).sum()
         aux = SimpleNamespace(total=kl, count=real.sum(), weight=0.01)
         return SimpleNamespace(hidden_BTD=hidden, auxiliary={"indexer_kl": aux}, metrics={})
-
 
     def auxiliary_counts(self, position_ids: Tensor, document_ids: Tensor) -> dict[str, Tensor]:
         return {"indexer_kl": counted(position_ids, document_ids).sum()}
@@ -115,7 +121,13 @@ class RowLoader:
     """Global rows are a function of the step alone; rank r takes rows r::world."""
 
     def __init__(self, rows_per_step: int, tokens: int, seed: int, rank: int, world: int) -> None:
-        self.rows_per_step, self.tokens, self.seed, self.rank, self.world = rows_per_step, tokens, seed, rank, world
+        self.rows_per_step, self.tokens, self.seed, self.rank, self.world = (
+            rows_per_step,
+            tokens,
+            seed,
+            rank,
+            world,
+        )
         self.step = 0
 
     def global_rows(self, step: int) -> PackedRows:
@@ -141,7 +153,9 @@ class RowLoader:
 
 
 def take(rows: PackedRows, which: slice) -> PackedRows:
-    return PackedRows(rows.input_ids[which], rows.position_ids[which], rows.document_ids[which], rows.loss_weights[which])
+    return PackedRows(
+        rows.input_ids[which], rows.position_ids[which], rows.document_ids[which], rows.loss_weights[which]
+    )
 
 
 def make_parts(
@@ -153,7 +167,9 @@ def make_parts(
         model.load_state_dict(load_file(Path(source) / "model.safetensors"))
 
     def write_model(folder: Path) -> None:
-        save_file({k: v.detach().clone() for k, v in model.state_dict().items()}, folder / "model.safetensors")
+        save_file(
+            {k: v.detach().clone() for k, v in model.state_dict().items()}, folder / "model.safetensors"
+        )
 
     loader = RowLoader(recipe.rows_per_step, recipe.data.row_tokens, recipe.seed, rank, world)
     held_out = RowLoader(4, recipe.data.row_tokens, 99, rank, world)

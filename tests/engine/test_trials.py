@@ -27,7 +27,10 @@ def launch(ranks: int, folder: Path, *trials: str) -> dict[str, Any]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [*command, str(HERE / "trials.py"), str(folder), *trials],
-        env=environment, capture_output=True, text=True, timeout=400,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
     )
     assert done.returncode == 0, done.stderr[-6000:]
     return json.loads((folder / "result.json").read_text())
@@ -104,7 +107,9 @@ def test_the_same_recipe_gives_the_same_bits(two: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("ranks", ["one", "two"])
 @pytest.mark.parametrize("case", ["float32-zero1", "float32-zero0", "bfloat16-zero1", "bfloat16-zero0"])
-def test_half_and_half_is_bit_for_bit_the_whole(case: str, ranks: str, request: pytest.FixtureRequest) -> None:
+def test_half_and_half_is_bit_for_bit_the_whole(
+    case: str, ranks: str, request: pytest.FixtureRequest
+) -> None:
     seen = request.getfixturevalue(ranks)["resumes_bit_for_bit"][case]
     assert seen["stopped_at"] == 3 and seen["moved"]
     for what in ("weights", "optimizer", "losses", "tokens", "generators"):
@@ -158,8 +163,15 @@ def test_a_logged_line_has_every_number_and_no_unknown_one(two: dict[str, Any]) 
     assert line["perf/tokens_per_s"] == pytest.approx(2 * line["perf/tokens_per_s_per_chip"])
     assert 0 < line["perf/mfu"] < 1 and 0 < line["perf/padding_frac"] < 0.3
     assert line["train/learning_rate"] == pytest.approx(1e-3) and line["train/grad_norm"] > 0
-    for key in ("train/loss", "train/entropy", "train/mean_token_accuracy", "train/indexer_kl", "train/num_tokens",
-                "train/epoch", "mem/allocated_peak"):
+    for key in (
+        "train/loss",
+        "train/entropy",
+        "train/mean_token_accuracy",
+        "train/indexer_kl",
+        "train/num_tokens",
+        "train/epoch",
+        "mem/allocated_peak",
+    ):
         assert key in line, key
 
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from lab_utils.engine import checkpoint
 from lab_utils.engine.audit import compare
 from lab_utils.engine.control import Stop, StopRequests
@@ -41,12 +42,21 @@ def test_a_signal_asks_for_a_checkpoint_and_a_stop() -> None:
 
 
 def test_the_control_file_is_heard() -> None:
-    for action, expected in (("stop", Stop.NOW), ("checkpoint_and_stop", Stop.AFTER_CHECKPOINT), (None, Stop.NO)):
+    for action, expected in (
+        ("stop", Stop.NOW),
+        ("checkpoint_and_stop", Stop.AFTER_CHECKPOINT),
+        (None, Stop.NO),
+    ):
         assert StopRequests(SimpleNamespace(control={"action": action})).pending() == expected
 
 
 def test_audit_tells_parameters_from_buffers_and_names_the_unchanged() -> None:
-    before = {"a.weight": torch.ones(4), "b.indexer.w": torch.ones(2), "z": torch.zeros(3), "table": torch.arange(3)}
+    before = {
+        "a.weight": torch.ones(4),
+        "b.indexer.w": torch.ones(2),
+        "z": torch.zeros(3),
+        "table": torch.arange(3),
+    }
     after = {**before, "a.weight": torch.ones(4) * 1.5, "z": torch.full((3,), 2.0)}
     report = compare(before, after, {"a.weight", "b.indexer.w", "z"})
     assert (report["tensors"], report["changed"], report["unchanged"]) == (3, 2, ["b.indexer.w"])
@@ -65,10 +75,13 @@ def test_audit_refuses_another_model() -> None:
 def write(root: Path, step: int, **options: int) -> Path:
     root.mkdir(exist_ok=True)
     return checkpoint.save(
-        root, step,
+        root,
+        step,
         write_model=lambda folder: (folder / "model.safetensors").write_bytes(b"weights"),
         optimizer_state=iter([("w", {"master": torch.ones(2, 2), "step": torch.tensor(3.0)})]),
-        state={"step": step}, rank=0, keep_last=options.get("keep_last", 3),
+        state={"step": step},
+        rank=0,
+        keep_last=options.get("keep_last", 3),
     )
 
 
@@ -116,7 +129,7 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path: Path) -> None:
     def fails(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CheckpointError, match="No space left on device.*make room"):
+    with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
         checkpoint.save(
             tmp_path / "c", 2, write_model=fails, optimizer_state=iter([]), state={}, rank=0, keep_last=1
         )
@@ -126,6 +139,8 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path: Path) -> None:
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "c", 1)
     for shapes, text in (({"w": (3,)}, "'w' of shape"), ({"w": (2, 2), "v": (1,)}, "parameter 'v'")):
-        optimizer = SimpleNamespace(shapes=shapes, load_named_state=lambda *_: None, refresh_working=lambda: None)
+        optimizer = SimpleNamespace(
+            shapes=shapes, load_named_state=lambda *_: None, refresh_working=lambda: None
+        )
         with pytest.raises(CheckpointError, match=text):
             checkpoint.load_optimizer(path, optimizer)

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import pytest
+
 from lab_utils.engine import checkpoint
 from lab_utils.recipe import Recipe
 from lab_utils.runs.directory import RunDirectory, create
@@ -51,7 +52,10 @@ def start(run: RunDirectory, ranks: int) -> subprocess.Popen:
     environment["ASCENT_CACHE"] = str(run.path.parent / "cache")
     return subprocess.Popen(
         [*command, "-m", "lab_utils.engine.worker", str(run.path)],
-        env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
 
 
@@ -63,7 +67,9 @@ def finish(job: subprocess.Popen) -> tuple[int, str]:
 @pytest.fixture(scope="module")
 def done(tmp_path_factory: pytest.TempPathFactory, source: str) -> RunDirectory:
     """A run whose second rank was killed on the way, and that was then resumed to its end."""
-    run = make_run(tmp_path_factory.mktemp("runs"), source, **{"schedule.steps": 400, "model.dtype": "bfloat16"})
+    run = make_run(
+        tmp_path_factory.mktemp("runs"), source, **{"schedule.steps": 400, "model.dtype": "bfloat16"}
+    )
     job = start(run, 2)
     deadline = time.monotonic() + 200
     while not run.checkpoints() and job.poll() is None and time.monotonic() < deadline:
@@ -75,7 +81,15 @@ def done(tmp_path_factory: pytest.TempPathFactory, source: str) -> RunDirectory:
     code, output = finish(job)
     assert code != 0, output[-3000:]
     status = run.status
-    (run.path / "killed.json").write_text(json.dumps({"status": status, "code": code, "checkpoint": checkpoint.newest(run.path / "checkpoints")[0].name}))
+    (run.path / "killed.json").write_text(
+        json.dumps(
+            {
+                "status": status,
+                "code": code,
+                "checkpoint": checkpoint.newest(run.path / "checkpoints")[0].name,
+            }
+        )
+    )
     # The end is moved nearer, so that the test need not train for long; nothing else of the recipe changes.
     reached = checkpoint.read_state(run.checkpoints()[-1])["step"]
     shorter = run.recipe.with_changes({"schedule.steps": reached + 3})
@@ -100,7 +114,9 @@ def test_a_killed_run_is_resumed_to_its_end(done: RunDirectory) -> None:
     assert any(row["kind"] == "resumed" for row in done.rows("events.jsonl"))
 
 
-def test_every_tensor_is_changed_the_indexer_included(done: RunDirectory, capsys: pytest.CaptureFixture) -> None:
+def test_every_tensor_is_changed_the_indexer_included(
+    done: RunDirectory, capsys: pytest.CaptureFixture
+) -> None:
     from lab_utils.engine.commands import audit
 
     audit(str(done.path), json=True, all_tensors=False)
@@ -115,12 +131,15 @@ def test_every_tensor_is_changed_the_indexer_included(done: RunDirectory, capsys
 
 def test_the_export_generates_in_transformers(done: RunDirectory, tmp_path: Path) -> None:
     import torch
-    from lab_utils.engine.export import export
-    from lab_utils.errors import CheckpointError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from lab_utils.engine.export import export
+    from lab_utils.errors import CheckpointError
+
     report = export(done, tmp_path / "out")
-    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= set(report["files"])
+    assert {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors"} <= set(
+        report["files"]
+    )
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16

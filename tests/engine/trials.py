@@ -16,17 +16,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from small_v4 import DocumentRows, builder, write_source
+from standin import RowLoader, TinyModel, dense_logprob, make_parts
+
 from lab_utils.accelerators import get_accelerator
 from lab_utils.engine import colossal
 from lab_utils.engine.engine import Engine
 from lab_utils.errors import LabError
+from lab_utils.models.load import load_model
 from lab_utils.optim.groups import parameter_groups
 from lab_utils.optim.schedules import learning_rate
 from lab_utils.recipe import Recipe
 from lab_utils.runs.directory import RunDirectory
-from lab_utils.models.load import load_model
-from small_v4 import DocumentRows, builder, write_source
-from standin import RowLoader, TinyModel, dense_logprob, make_parts
 
 TRIALS: dict[str, Callable[[Path], Any]] = {}
 
@@ -96,7 +97,9 @@ def losses(folder: Path) -> list[float]:
     return [line["train/loss"] for line in lines(folder) if "train/loss" in line]
 
 
-def plain_loop(spec: Recipe, dtype: torch.dtype = torch.float32) -> tuple[list[float], list[float], TinyModel]:
+def plain_loop(
+    spec: Recipe, dtype: torch.dtype = torch.float32
+) -> tuple[list[float], list[float], TinyModel]:
     """The same training as a textbook writes it: one process, whole batches, no ColossalAI, none of our
     engine.
     """
@@ -152,7 +155,10 @@ def follows_a_plain_loop(folder: Path) -> Any:
             "loss": worst([x["train/loss"] for x in train], expected),
             "grad_norm": worst([x["train/grad_norm"] for x in train], norms),
             "weights": max(
-                float((v - model.state_dict()[k]).norm() / (model.state_dict()[k] - start[k]).norm().clamp(min=1e-12))
+                float(
+                    (v - model.state_dict()[k]).norm()
+                    / (model.state_dict()[k] - start[k]).norm().clamp(min=1e-12)
+                )
                 for k, v in weights(engine).items()
             ),
             "clipped": sum(n > spec.optim.clip_norm for n in norms),
@@ -221,7 +227,9 @@ def bf16_follows_fp32(folder: Path) -> Any:
     half = run(folder / "bf16", recipe(schedule__steps=30, model__dtype="bfloat16", schedule__micro_rows=2))
     state = masters(half)
     return {
-        "loss": max(abs(a - b) for a, b in zip(losses(folder / "fp32"), losses(folder / "bf16"), strict=True)),
+        "loss": max(
+            abs(a - b) for a, b in zip(losses(folder / "fp32"), losses(folder / "bf16"), strict=True)
+        ),
         "masters_fp32": all(s["master"].dtype == torch.float32 for s in state.values()),
         "rounded": all(
             torch.equal(state[k]["master"].view(v.shape).to(v.dtype), v)
@@ -300,6 +308,7 @@ def stops_when_asked(folder: Path) -> Any:
     """``stop`` leaves no checkpoint, ``checkpoint_and_stop`` does; the state is ``stopped``."""
     result = {}
     for action in ("stop", "checkpoint_and_stop"):
+
         def ask(engine: Engine, action: str = action) -> None:
             log = engine.log
 
@@ -435,7 +444,9 @@ def v4_follows_a_plain_loop(folder: Path) -> Any:
     for step in range(30):
         rows = loader.global_rows(step)
         output = model(rows.input_ids, rows.position_ids, rows.document_ids)
-        logp, _, _ = dense_logprob(output.hidden_BTD[:, :-1].flatten(0, 1), model.head_weight, rows.input_ids[:, 1:].flatten())
+        logp, _, _ = dense_logprob(
+            output.hidden_BTD[:, :-1].flatten(0, 1), model.head_weight, rows.input_ids[:, 1:].flatten()
+        )
         w = rows.loss_weights[:, 1:].flatten()
         loss = -(w * logp).sum() / w.sum()
         aux = output.auxiliary["indexer_kl"]

@@ -27,20 +27,28 @@ def packed(generator: torch.Generator, rows: int, tokens: int, longest: int) -> 
 
 
 def agree(
-    operator: str, inputs: dict[str, torch.Tensor], options: dict, differentiable: list[str], rtol: float = 1e-7
+    operator: str,
+    inputs: dict[str, torch.Tensor],
+    options: dict,
+    differentiable: list[str],
+    rtol: float = 1e-7,
 ) -> None:
     """All implementations give the reference's outputs and gradients, to ``rtol`` of their largest number."""
     results = {}
     for name in registry.implementations(operator):
         with registry.force(**{operator: name}):
-            run = registry.get(operator, "cpu", next(x.dtype for x in inputs.values() if x.is_floating_point()))
+            run = registry.get(
+                operator, "cpu", next(x.dtype for x in inputs.values() if x.is_floating_point())
+            )
         leaves = {k: v.clone().requires_grad_(k in differentiable) for k, v in inputs.items()}
         outputs = run(**leaves, **options)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         generator, loss = torch.Generator().manual_seed(0), 0
         for output in outputs:
             if output is not None and output.requires_grad:
-                loss = loss + (output * torch.randn(output.shape, dtype=output.dtype, generator=generator)).sum()
+                loss = (
+                    loss + (output * torch.randn(output.shape, dtype=output.dtype, generator=generator)).sum()
+                )
         if differentiable:
             loss.backward()
         results[name] = [o for o in outputs if o is not None] + [leaves[k].grad for k in differentiable]
@@ -94,9 +102,15 @@ def test_hyper_connection(seed, streams):
 def test_compressor(seed, rate, overlap):
     g = torch.Generator().manual_seed(seed)
     inner = 10 if overlap else 5
-    geometry = packed(g, 2, 43, 20) if seed else Geometry(torch.arange(43).expand(2, 43), torch.zeros(2, 43).long())
+    geometry = (
+        packed(g, 2, 43, 20) if seed else Geometry(torch.arange(43).expand(2, 43), torch.zeros(2, 43).long())
+    )
     entries = geometry.entries(rate)
-    inputs = {"kv_BTF": normal(g, 2, 43, inner), "gate_BTF": normal(g, 2, 43, inner), "bias_mF": normal(g, rate, inner)}
+    inputs = {
+        "kv_BTF": normal(g, 2, 43, inner),
+        "gate_BTF": normal(g, 2, 43, inner),
+        "bias_mF": normal(g, rate, inner),
+    }
     used = torch.zeros(2, entries.count, 1, dtype=torch.float64)
     for row in range(2):
         used[row, : int((entries.first_BT[row] + entries.visible_BT[row]).max())] = 1
@@ -148,7 +162,9 @@ def test_shared_kv_attention_does_not_depend_on_the_chunks(monkeypatch):
         monkeypatch.setattr("kernels.geometry.CHUNK_ELEMENTS", elements)
         geometry = Geometry(positions, torch.zeros(2, 90).long())
         run = registry.get("shared_kv_attention")
-        out, _ = run(q, kv, sinks, angle.cos(), angle.sin(), geometry, window=8, eps=1e-6, entries_BCK=entries, rate=4)
+        out, _ = run(
+            q, kv, sinks, angle.cos(), angle.sin(), geometry, window=8, eps=1e-6, entries_BCK=entries, rate=4
+        )
         outputs.append(out)
     torch.testing.assert_close(outputs[0], outputs[1])
     torch.testing.assert_close(outputs[0], outputs[2])
@@ -164,7 +180,10 @@ def test_indexer_select_keeps_the_best_visible_entries(seed):
     for name in ("torch", "reference"):
         with registry.force(indexer_select=name):
             selected = registry.get("indexer_select")(*arguments, geometry, rate=4, topk=5)
-        assert all(len(set(row)) == len(row) for row in ([i for i in r if i >= 0] for r in selected.flatten(0, 1).tolist()))
+        assert all(
+            len(set(row)) == len(row)
+            for row in ([i for i in r if i >= 0] for r in selected.flatten(0, 1).tolist())
+        )
         # Entries that no head likes tie at zero, so the choice is compared by its scores.
         chosen[name] = scores.gather(2, torch.where(selected < 0, 37, selected)).sort(-1).values
     torch.testing.assert_close(chosen["torch"], chosen["reference"])
@@ -176,7 +195,11 @@ def test_indexer_select_keeps_the_best_visible_entries(seed):
 def test_indexer_kl(seed, topk):
     g = torch.Generator().manual_seed(seed)
     geometry = packed(g, 2, 150, 130)
-    inputs = {"q_BTHK": normal(g, 2, 150, 3, 4), "keys_BCK": normal(g, 2, 37, 4), "weights_BTH": normal(g, 2, 150, 3)}
+    inputs = {
+        "q_BTHK": normal(g, 2, 150, 3, 4),
+        "keys_BCK": normal(g, 2, 37, 4),
+        "weights_BTH": normal(g, 2, 150, 3),
+    }
     mass, selected = normal(g, 2, 150, 37).square(), None
     entries, slots = geometry.entries(4), torch.arange(37)
     first, visible = entries.first_BT[..., None], entries.visible_BT[..., None]

@@ -193,7 +193,9 @@ def test_a_cast_to_bfloat16_spares_the_balance_bias_and_keeps_the_logits_near(tm
 def test_saved_weights_load_in_transformers_with_equal_logits(tmp_path):
     model = load_model("preset:tiny", dtype=torch.float32, seed=3)
     save_pretrained(model, model.config, tmp_path / "out")
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, attn_implementation="eager")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", dtype=torch.float32, attn_implementation="eager"
+    )
     ids, positions, documents = rows([70], 2048)
     with torch.no_grad():
         assert relative(logits(model, ids, positions, documents), theirs(ids, use_cache=False).logits) < 1e-4

@@ -45,12 +45,17 @@ def test_an_unknown_parameter_or_notebook_is_refused_with_the_nearest_name():
 
 def test_a_failing_cell_is_one_sentence_and_its_copy_is_kept(tmp_path):
     book = nbformat.v4.new_notebook()
-    book.cells = [nbformat.v4.new_code_cell("x = 1"), nbformat.v4.new_code_cell("raise ValueError('no such thing')")]
+    book.cells = [
+        nbformat.v4.new_code_cell("x = 1"),
+        nbformat.v4.new_code_cell("raise ValueError('no such thing')"),
+    ]
     book.cells[0].metadata["tags"] = ["parameters"]
     book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
     path = tmp_path / "broken.ipynb"
     nbformat.write(book, path)
-    with pytest.raises(RunError, match=r"broken\.ipynb: cell .* failed with ValueError: no such thing") as error:
+    with pytest.raises(
+        RunError, match=r"broken\.ipynb: cell .* failed with ValueError: no such thing"
+    ) as error:
         notebooks.execute(str(path), {"x": 2}, root=tmp_path / "runs", progress=False)
     copy = Path(str(error.value).rpartition("up to there: ")[2].rstrip(")"))
     assert json.loads(copy.read_text())["cells"]
@@ -67,10 +72,14 @@ def test_the_tour_ends_with_a_panel(tmp_path):
 
 @pytest.mark.slow
 def test_fine_tuning_runs_from_parameters_to_export(tmp_path):
-    done = notebooks.execute("10_sft", {"steps": 6, "questions": 24, "nproc": 2}, root=tmp_path, progress=False)
+    done = notebooks.execute(
+        "10_sft", {"steps": 6, "questions": 24, "nproc": 2}, root=tmp_path, progress=False
+    )
     run = Path(done["runs"][0])
     report = json.loads((run / "report.json").read_text())
     assert report["n"] == 24 and set(report["exact_match"]) == {"before", "after"}
     assert json.loads((run / "status.json").read_text())["state"] == "succeeded"
-    assert (run / "export" / "model.safetensors").exists() or list((run / "export").glob("model-*.safetensors"))
+    assert (run / "export" / "model.safetensors").exists() or list(
+        (run / "export").glob("model-*.safetensors")
+    )
     assert json.loads((run / "provenance.json").read_text())["notebook"]

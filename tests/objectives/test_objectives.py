@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from lab_utils.data.rows import PackedRows
 from lab_utils.errors import RecipeError
 from lab_utils.objectives import get_objective
@@ -22,7 +23,9 @@ def make(seed: int = 0, share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor,
     head = torch.randn(V, D, generator=g).requires_grad_()
     positions = torch.arange(T).repeat(B, 1) % 5
     weights = (torch.rand(B, T, generator=g) < share) * torch.rand(B, T, generator=g) * (positions > 0)
-    rows = PackedRows(torch.randint(0, V, (B, T), generator=g), positions, torch.arange(T).repeat(B, 1) // 5, weights)
+    rows = PackedRows(
+        torch.randint(0, V, (B, T), generator=g), positions, torch.arange(T).repeat(B, 1) // 5, weights
+    )
     return hidden, head, rows
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
+from torch import nn
+
 from lab_utils.optim import adamw
 from lab_utils.optim.groups import parameter_groups
 from lab_utils.optim.schedules import learning_rate
 from lab_utils.recipe import OptimSection, ScheduleSection
-from torch import nn
 
 
 class Model(nn.Module):
@@ -26,7 +28,9 @@ class Model(nn.Module):
 def test_weight_decay_is_for_matrices_only() -> None:
     decayed, plain = parameter_groups(Model(), 0.1)
     assert sorted(decayed["names"]) == ["experts", "tied"] and decayed["weight_decay"] == 0.1
-    assert sorted(plain["names"]) == ["linear.bias", "norm.bias", "norm.weight"] and plain["weight_decay"] == 0.0
+    assert (
+        sorted(plain["names"]) == ["linear.bias", "norm.bias", "norm.weight"] and plain["weight_decay"] == 0.0
+    )
 
 
 def test_a_group_without_members_is_left_out() -> None:
@@ -40,10 +44,12 @@ def schedule(**values: object) -> ScheduleSection:
 @pytest.mark.parametrize("shape", ["cosine", "wsd", "constant"])
 def test_warm_up_is_linear_and_the_end_is_where_it_should_be(shape: str) -> None:
     section = schedule(shape=shape)
-    assert [learning_rate(s, section, 1.0) for s in range(10)] == pytest.approx([(s + 1) / 10 for s in range(10)])
+    assert [learning_rate(s, section, 1.0) for s in range(10)] == pytest.approx(
+        [(s + 1) / 10 for s in range(10)]
+    )
     assert learning_rate(99, section, 2.0) == pytest.approx(2.0 if shape == "constant" else 0.2)
     rates = [learning_rate(s, section, 1.0) for s in range(9, 100)]
-    assert all(a >= b for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a >= b for a, b in itertools.pairwise(rates))
 
 
 def test_cosine_is_half_way_down_in_the_middle() -> None:

@@ -11,7 +11,9 @@ from lab_utils.panels.layout import OVERVIEW, PANELS
 @pytest.fixture
 def metrics() -> pd.DataFrame:
     steps = np.arange(1, 61)
-    frame = pd.DataFrame({key: np.linspace(0.1, 1.0, 60) for panel in PANELS for key in panel.keys}, index=steps)
+    frame = pd.DataFrame(
+        {key: np.linspace(0.1, 1.0, 60) for panel in PANELS for key in panel.keys}, index=steps
+    )
     frame["eval/loss"] = np.where(steps % 20 == 0, 0.5, np.nan)
     return frame
 
@@ -32,14 +34,16 @@ def test_a_missing_metric_is_said_not_drawn(metrics):
 
 def test_shares_are_drawn_in_percent(metrics):
     panel = next(p for p in PANELS if p.title == "Token accuracy")
-    figure, axes = figures._canvas(1, 1, 4, 3)
+    _figure, axes = figures._canvas(1, 1, 4, 3)
     figures.draw_panel(axes[0, 0], metrics, panel)
     assert axes[0, 0].lines[-1].get_ydata().max() > 50
 
 
 def test_before_and_after_are_ordered_by_result():
     by_family = {"b": {"n": 3, "before": 0.0, "after": 1.0}, "a": {"n": 5, "before": 0.2, "after": 0.4}}
-    figure = figures.before_after({"n": 8, "exact_match": {"before": 0.1, "after": 0.6}, "by_family": by_family})
+    figure = figures.before_after(
+        {"n": 8, "exact_match": {"before": 0.1, "after": 0.6}, "by_family": by_family}
+    )
     ax = figure.axes[0]
     assert [t.get_text()[0] for t in ax.get_yticklabels()] == ["a", "b"]
     assert "10.0 % → 60.0 %" in ax.get_title(loc="left")
@@ -51,7 +55,9 @@ def test_packed_rows_tell_documents_padding_and_loss_apart():
     image = figure.axes[0].images[0].get_array()[0]
     assert (image[4] == 1).all()
     assert not np.allclose(image[0], image[2]) and not np.allclose(image[0], image[1])
-    assert "2 documents" in figure.axes[0].get_title(loc="left") and "20.0 %" in figure.axes[0].get_title(loc="left")
+    assert "2 documents" in figure.axes[0].get_title(loc="left") and "20.0 %" in figure.axes[0].get_title(
+        loc="left"
+    )
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,9 @@ class Indexer(Pool):
         self.q_b_proj = linear(config.q_lora_rank, config.index_n_heads * config.index_head_dim)
         self.scorer = Scorer(config)
 
-    def forward(self, x_BTD: Tensor, q_residual_BTQ: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, q_residual_BTQ: Tensor, context: Context
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, T, Hi, Ki]``, keys ``[B, C, Ki]`` and head weights ``[B, T, Hi]`` (fp32, with all scales)."""
         q_BTHK = self.q_b_proj(q_residual_BTQ).unflatten(-1, (self.heads, -1))
         cos, sin = context.angles("compress")
@@ -94,7 +96,11 @@ class Attention(nn.Module):
         super().__init__()
         self.layer_type = config.layer_types[layer]
         self.rope_kind = "compress" if self.layer_type in (CSA, HCA) else "main"
-        self.heads, self.window, self.eps = config.num_attention_heads, config.sliding_window, config.rms_norm_eps
+        self.heads, self.window, self.eps = (
+            config.num_attention_heads,
+            config.sliding_window,
+            config.rms_norm_eps,
+        )
         H, K, groups = config.num_attention_heads, config.head_dim, config.o_groups
         self.q_a_proj = linear(config.hidden_size, config.q_lora_rank)
         self.q_a_norm = Norm(config.q_lora_rank, config.rms_norm_eps)
@@ -122,7 +128,9 @@ class Attention(nn.Module):
                 with torch.set_grad_enabled(context.indexer_loss and torch.is_grad_enabled()):
                     indexed = indexer(x_BTD.detach(), q_residual.detach(), context)
             if entries_BCK.shape[1] > indexer.topk:
-                selected_BTS = operator("indexer_select", x_BTD)(*indexed, geometry, rate=rate, topk=indexer.topk)
+                selected_BTS = operator("indexer_select", x_BTD)(
+                    *indexed, geometry, rate=rate, topk=indexer.topk
+                )
         out_BTHK, mass = operator("shared_kv_attention", x_BTD)(
             q_BTHK,
             kv_BTK,

@@ -16,7 +16,13 @@ CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
 
 def parameters_by_component(config: DeepseekV4Config) -> dict[str, int]:
     """Parameters of the model without MTP, by component."""
-    c, N, d, H, K = config, config.num_hidden_layers, config.hidden_size, config.num_attention_heads, config.head_dim
+    c, N, d, _H, K = (
+        config,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.head_dim,
+    )
     csa, hca, n = c.layer_types.count(CSA), c.layer_types.count(HCA), c.hc_mult
     m_csa, m_hca = c.compress_rates[CSA], c.compress_rates[HCA]
     Hi, Ki = c.index_n_heads, c.index_head_dim
@@ -35,7 +41,7 @@ def parameters_by_component(config: DeepseekV4Config) -> dict[str, int]:
 
 
 def parameters_mtp(config: DeepseekV4Config) -> int:
-    """Parameters of the multi-token-prediction blocks: a window-only block, two projections, three norms, an hc head."""
+    """Parameters of the multi-token-prediction blocks: window-only block, two projections, three norms, hc head."""
     c, d, n = config, config.hidden_size, config.hc_mult
     block = _attention(c) + (c.n_routed_experts + c.n_shared_experts) * _expert(c) + c.n_routed_experts * d
     block += 2 * _hyper_connection(n, d) + 2 * d
@@ -52,11 +58,20 @@ def active_parameters(config: DeepseekV4Config) -> int:
 def training_flops(config: DeepseekV4Config, lengths: list[int], *, indexer_trained: bool = False) -> float:
     """Training FLOPs per token, the length-weighted mean over documents of these lengths (without MTP)."""
     tokens = sum(lengths)
-    return sum(length * _document_flops(config, length, indexer_trained) for length in lengths) / max(tokens, 1)
+    return sum(length * _document_flops(config, length, indexer_trained) for length in lengths) / max(
+        tokens, 1
+    )
 
 
 def _document_flops(c: DeepseekV4Config, L: int, indexer_trained: bool) -> float:
-    N, d, H, K, q, n = c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.head_dim, c.q_lora_rank, c.hc_mult
+    N, d, H, K, q, n = (
+        c.num_hidden_layers,
+        c.hidden_size,
+        c.num_attention_heads,
+        c.head_dim,
+        c.q_lora_rank,
+        c.hc_mult,
+    )
     csa, hca = c.layer_types.count(CSA), c.layer_types.count(HCA)
     m_csa, m_hca = c.compress_rates[CSA], c.compress_rates[HCA]
     Hi, Ki, gr = c.index_n_heads, c.index_head_dim, c.o_groups * c.o_lora_rank

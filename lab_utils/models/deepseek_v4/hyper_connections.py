@@ -53,7 +53,9 @@ class HyperHead(nn.Module):
 
     def forward(self, h_BTnD: Tensor) -> Tensor:
         u = h_BTnD.flatten(2).float()
-        inverse_rms = (torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() / u.shape[-1] + self.norm_eps).rsqrt()
+        inverse_rms = (
+            torch.linalg.vector_norm(u, dim=-1, keepdim=True).square() / u.shape[-1] + self.norm_eps
+        ).rsqrt()
         z = (u @ self.hc_fn.float().T) * inverse_rms
         pre = torch.sigmoid(z * self.hc_scale.float() + self.hc_base.float()) + self.eps
         return torch.einsum("btn,btnd->btd", pre, h_BTnD.float()).to(h_BTnD.dtype)

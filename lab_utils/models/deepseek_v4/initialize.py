@@ -38,7 +38,9 @@ def initialize(model: nn.Module, seed: int) -> None:
 def balanced_table(tokens: int, k: int, experts: int, generator: torch.Generator) -> Tensor:
     """``tid2eid [V, k]``: k different experts for each token id, each expert equally often (up to one block)."""
     blocks = -(-tokens // experts)
-    ranks = torch.rand(blocks, experts, generator=generator).argsort(1)  # a permutation of the experts a block
+    ranks = torch.rand(blocks, experts, generator=generator).argsort(
+        1
+    )  # a permutation of the experts a block
     shifts = torch.randperm(experts, generator=generator)[:k]
     table = torch.stack([ranks.roll(int(shift), 1) for shift in shifts], -1).view(-1, k)[:tokens]
     return table[torch.randperm(tokens, generator=generator)]

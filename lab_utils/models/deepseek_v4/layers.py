@@ -14,7 +14,7 @@ from lab_utils.models.deepseek_v4.rotary import Rotary
 
 @dataclass
 class Context:
-    """One forward pass over packed rows: where documents lie, and the angles of RoPE (made once, read by all layers)."""
+    """One forward pass over packed rows: where documents lie, and RoPE's angles (made once, read by all layers)."""
 
     input_ids: Tensor
     geometry: Geometry
@@ -25,7 +25,9 @@ class Context:
     def angles(self, kind: str, rate: int | None = None) -> tuple[Tensor, Tensor]:
         """cos and sin of the tokens ``[B, T, R]``, or of the entries at a compression rate ``[B, C, R]``."""
         if (kind, rate) not in self._angles:
-            positions = self.geometry.position_BT if rate is None else self.geometry.entries(rate).positions_BC
+            positions = (
+                self.geometry.position_BT if rate is None else self.geometry.entries(rate).positions_BC
+            )
             self._angles[kind, rate] = self.rotary(kind, positions)
         return self._angles[kind, rate]
 

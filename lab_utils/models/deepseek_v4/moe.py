@@ -37,7 +37,11 @@ class Router(nn.Module):
 
     def forward(self, x_ND: Tensor, input_ids_N: Tensor) -> tuple[Tensor, Tensor]:
         """Experts ``[N, k]`` and their weights ``[N, k]`` fp32."""
-        chosen = {"experts_Nk": self.tid2eid[input_ids_N]} if self.hashed else {"bias_E": self.e_score_correction_bias}
+        chosen = (
+            {"experts_Nk": self.tid2eid[input_ids_N]}
+            if self.hashed
+            else {"bias_E": self.e_score_correction_bias}
+        )
         return operator("routing", x_ND)(x_ND, self.weight, **self.options, **chosen)
 
 
