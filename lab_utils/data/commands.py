@@ -88,9 +88,10 @@ def verify(
 
     emit(result, as_json, render)
     if problems:
-        for problem in problems[1:]:
-            say(f"error: {problem.message}")
-        raise DataError(problems[0].message)
+        first, *others = dict.fromkeys(problem.message for problem in problems)  # one may stand for several splits
+        for message in others:
+            say(f"error: {message}")
+        raise DataError(first)
 
 
 @app.command()

@@ -23,11 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lab_utils.engine.reduce import gather_objects
 from lab_utils.errors import CheckpointError
+from lab_utils.models.load import save_tensors
 
 PART_BYTES = 2**30  # an optimizer file is closed when it has grown to this
 Problem = str
@@ -106,10 +106,10 @@ def _write_optimizer(target: Path, named_state: Iterable[tuple[str, dict[str, Te
             part[f"{name}/{kind}"] = value.detach().cpu().contiguous().clone()
             size += value.numel() * value.element_size()
         if size >= PART_BYTES:
-            save_file(part, target / f"part-{rank:05d}-{number:03d}.safetensors")
+            save_tensors(part, target / f"part-{rank:05d}-{number:03d}.safetensors")
             part, number, size = {}, number + 1, 0
     if part:
-        save_file(part, target / f"part-{rank:05d}-{number:03d}.safetensors")
+        save_tensors(part, target / f"part-{rank:05d}-{number:03d}.safetensors")
 
 
 def _attempt(work: Callable[[], Any], drain: Iterable[Any] | None = None) -> Problem | None:

@@ -39,9 +39,8 @@ def main(arguments: list[str]) -> int:
     try:
         recipe: Recipe = run_dir.recipe
         accelerator = get_accelerator(recipe.cluster.accelerator)
-        from lab_utils.engine.engine import (
-            Engine,
-        )  # ColossalAI takes seconds to import: not before the recipe is read
+        # ColossalAI takes seconds to import: not before the recipe is read.
+        from lab_utils.engine.engine import Engine
 
         engine = Engine(recipe, accelerator, run_dir)
         engine.fit()

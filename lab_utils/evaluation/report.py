@@ -105,6 +105,6 @@ def print_report(path: Path) -> None:
     table(
         f"Exact match on {report['manifest']}:{report['split']}",
         ["family", "questions", "before %", "after %"],
-        [(family, *row) for family, row in zip(summary(report).index, summary(report).values.tolist())],
+        list(summary(report).itertuples()),
         right=["questions", "before %", "after %"],
     )

@@ -13,7 +13,7 @@ from typing import Any
 from lab_utils.errors import DataError, LabError, RunError
 from lab_utils.evaluation.report import REPORT
 
-NEW_TOKENS = 64
+NEW_TOKENS = 96  # the longest right answer, a tool call with two arguments, takes 70 or so
 
 
 def load_questions(manifest: str, split: str, limit: int | None) -> list[dict[str, Any]]:

@@ -253,9 +253,17 @@ def _load_deepseek_v4(folder: Path, options: dict[str, Any]) -> TrainableModel:
     return model
 
 
-def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
+def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """One safetensors file, readable to whom the umask allows (safetensors itself makes it the owner's alone)."""
     from safetensors.torch import save_file
 
+    save_file(tensors, path, metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    path.chmod(0o666 & ~umask)
+
+
+def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for name, tensor in tensors.items():
@@ -265,12 +273,12 @@ def _write_shards(tensors: dict[str, Tensor], folder: Path) -> None:
         shards[-1][name] = tensor
         size += tensor.nbytes
     if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
+        save_tensors(shards[0], folder / "model.safetensors")
         return
     placed = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        save_tensors(shard, folder / file)
         placed.update(dict.fromkeys(shard, file))
     tree = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")

@@ -81,7 +81,12 @@ def execute(name: str, parameters: dict[str, Any], *, root: Path, progress: bool
     os.environ.update(environment)
     try:
         papermill.execute_notebook(
-            str(path), str(executed), parameters=parameters, kernel_name="python3", progress_bar=progress
+            str(path),
+            str(executed),
+            parameters=parameters,
+            kernel_name="python3",
+            language="python",
+            progress_bar=progress,
         )
     except PapermillExecutionError as error:
         raise RunError(

@@ -152,6 +152,29 @@ def test_the_export_generates_in_transformers(done: RunDirectory, tmp_path: Path
     assert not list(tmp_path.glob(".*partial"))
 
 
+def test_another_causal_lm_is_trained_audited_and_exported(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    from lab_utils.engine.commands import audit
+    from lab_utils.engine.export import export
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    config = Qwen3Config(vocab_size=2048, num_attention_heads=4, num_key_value_heads=2, **sizes)
+    Qwen3ForCausalLM(config).save_pretrained(tmp_path / "qwen3")
+    run = make_run(tmp_path, str(tmp_path / "qwen3"), **{"schedule.steps": 8, "schedule.save_every": 8})
+    code, output = finish(start(run, 2))
+    assert code == 0, output[-3000:]
+    losses = [row["train/loss"] for row in run.rows("metrics.jsonl") if "train/loss" in row]
+    assert losses[-1] < losses[0]
+    audit(str(run.path), json=True, all_tensors=False)
+    report = json.loads(capsys.readouterr().out)
+    assert report["unchanged"] == [] and report["indexer_changed"] is None
+    export(run, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.model_type == "qwen3"
+
+
 def test_ranks_that_do_not_divide_the_batch_get_one_sentence(tmp_path: Path, source: str) -> None:
     run = make_run(tmp_path, source, **{"schedule.batch_tokens": 512})
     code, output = finish(start(run, 2))

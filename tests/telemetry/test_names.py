@@ -52,7 +52,9 @@ def test_the_list_imports_only_the_standard_library():
     assert modules <= set(sys.stdlib_module_names)
 
 
-def test_the_page_of_metrics_names_each_one():
+def test_the_page_of_metrics_is_up_to_date_and_names_each_one():
     page = names.markdown()
+    written = Path(names.__file__).parents[2] / "docs" / "metrics.md"
+    assert written.read_text(encoding="utf-8").strip() == page.strip(), "make docs/metrics.md again"
     assert all(f"`{key}`" in page for key in names.METRICS)
     assert all(f"## {section}" in page for section in names.SECTIONS)
