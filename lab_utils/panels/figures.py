@@ -53,6 +53,15 @@ def _label(key: str) -> str:
     return leaf.rpartition("/")[2].replace("_", " ") if head in ("perf", "chip", "mem", "moe") else head
 
 
+def _plain_ticks(axis: Any) -> None:
+    """1, 2, 5, 10 … on a logarithmic axis, as numbers."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
 def draw_panel(ax: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
     """One panel of the layout on ``ax``; ``metrics`` is ``Run.metrics()``, indexed by step."""
     keys = [key for key in panel.keys if key in metrics and metrics[key].notna().any()]
@@ -74,17 +83,18 @@ def draw_panel(ax: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
         if key.startswith("eval/"):
             ax.plot(series.index, series, "o-", color=color, markersize=4, label=_label(key))
             continue
-        smooth = len(series) > 40
+        smooth = len(series) > 40 and panel.kind != "exact"
         ax.plot(
             series.index, series, color=color, linewidth=0.8 if smooth else 1.4, alpha=0.3 if smooth else 1.0
         )
         if smooth:
             series = series.ewm(span=max(len(series) // 20, 5)).mean()
         ax.plot(series.index, series, color=color, linewidth=1.6, label=_label(key))
-    if panel.kind == "log":
-        ax.set_yscale("log")
-    elif panel.title != "Alignment loss":
+    if panel.kind != "log":
         ax.set_ylim(bottom=0)
+    elif (metrics[keys].min() > 0).all():
+        ax.set_yscale("log")
+        _plain_ticks(ax.yaxis)
     if len(keys) > 1:
         ax.legend(frameon=False, fontsize=7.5, loc="best")
     ax.margins(x=0.01)
@@ -163,6 +173,7 @@ def weight_changes(audit: dict) -> Figure:
         jitter=0.2,
     )
     ax.set_xscale("log")
+    _plain_ticks(ax.xaxis)
     ax.set(xlabel="relative change of a tensor, %", ylabel="")
     ax.set_title(f"Every dot is a weight tensor: {audit['changed']} of {audit['tensors']} changed")
     ax.spines[["top", "right", "left"]].set_visible(False)

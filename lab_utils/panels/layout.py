@@ -20,7 +20,8 @@ class Panel:
         keys: metrics drawn as lines, in this order; those that a run didn't log are left out.
         unit: label of the vertical axis.
         section: one of ``SECTIONS``.
-        kind: ``line``, ``area`` (stacked parts of a whole) or ``log`` (logarithmic vertical axis).
+        kind: ``line``, ``area`` (stacked parts of a whole), ``log`` (logarithmic vertical axis where every value is
+            positive) or ``exact`` (a line without smoothing: nothing noisy about it).
         scale: factor from the logged unit to the drawn one, as 100 for a share drawn in percent.
     """
 
@@ -33,7 +34,7 @@ class Panel:
 
 
 PANELS = (
-    Panel("Alignment loss", ("train/loss", "eval/loss"), "nat / token", "Alignment"),
+    Panel("Alignment loss", ("train/loss", "eval/loss"), "nat / token", "Alignment", kind="log"),
     Panel(
         "Token accuracy",
         ("train/mean_token_accuracy", "eval/mean_token_accuracy"),
@@ -53,7 +54,7 @@ PANELS = (
     Panel("Chip utilisation", ("chip/util_mean", "chip/util_min"), "%", "Chips"),
     Panel("Memory, worst rank", ("mem/allocated_peak",), "GiB", "Chips"),
     Panel("Gradient norm", ("train/grad_norm",), "L2", "Stability", kind="log"),
-    Panel("Learning rate", ("train/learning_rate",), "1", "Stability"),
+    Panel("Learning rate", ("train/learning_rate",), "learning rate", "Stability", kind="exact"),
     Panel("Indexer KL loss", ("train/indexer_kl",), "nat / query", "Stability"),
     Panel("Steps skipped", ("train/skipped_steps",), "steps", "Stability"),
 )
