@@ -20,12 +20,18 @@ def step(
     device: str = typer.Option("cpu", help="cpu or cuda."),
     dtype: str = typer.Option("float32", help="float32 or bfloat16."),
     peer: bool = typer.Option(True, help="Measure transformers beside ours."),
+    rounds: int = typer.Option(1, min=1, help="How often both are measured in turn."),
+    allocator: str = typer.Option(
+        "system", help="system: glibc as it comes; kept: freed memory is kept, for both."
+    ),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Training tokens/s and peak memory of one step, ours beside transformers' eager DeepSeek-V4 with AdamW."""
-    from lab_utils.bench.step import bench_step
+    from lab_utils.bench.step import ALLOCATORS, bench_step
     from lab_utils.errors import RecipeError
 
+    if allocator not in ALLOCATORS:
+        raise RecipeError(f"--allocator {allocator}: expected one of {', '.join(ALLOCATORS)}.")
     try:
         pairs = tuple(tuple(int(n) for n in shape.split("x")) for shape in shapes.split(","))
         assert all(len(pair) == 2 for pair in pairs)
@@ -39,6 +45,8 @@ def step(
         device=device,
         dtype=dtype,
         peer=peer,
+        rounds=rounds,
+        allocator=allocator,
         on_row=lambda row: say(f"measured {row['B']}x{row['T']}"),
     )
 

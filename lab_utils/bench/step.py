@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -16,6 +17,16 @@ from pathlib import Path
 from typing import Any
 
 SHAPES = ((8, 256), (2, 1024), (1, 2048), (1, 4096), (1, 8192))
+
+# glibc as it comes, or told to keep freed memory instead of handing it back and faulting it in again.
+ALLOCATORS = {
+    "system": {},
+    "kept": {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "MALLOC_TOP_PAD_": str(1 << 28),
+    },
+}
 
 
 def bench_step(
@@ -27,6 +38,8 @@ def bench_step(
     device: str = "cpu",
     dtype: str = "float32",
     peer: bool = True,
+    rounds: int = 1,
+    allocator: str = "system",
     on_row: Callable[[dict], None] | None = None,
 ) -> list[dict[str, Any]]:
     """Training tokens/s and peak memory over rows × T.
@@ -39,6 +52,8 @@ def bench_step(
         device: ``cpu`` or ``cuda``.
         dtype: working precision of both.
         peer: measure transformers too.
+        rounds: how often the two are measured in turn; speeds are medians over the rounds, memory the maximum.
+        allocator: one of ``ALLOCATORS``, for both.
         on_row: called with each finished row, for progress.
 
     Returns:
@@ -54,12 +69,16 @@ def bench_step(
             "threads": threads or os.cpu_count(),
             "device": device,
             "dtype": dtype,
+            "allocator": allocator,
         }
         peak = _child({**settings, "what": "peak"})["peak_flops"]
         _child({**settings, "what": "weights"})
         for B, T in shapes:
-            ours = _child({**settings, "what": "ours", "B": B, "T": T})
-            theirs = _child({**settings, "what": "peer", "B": B, "T": T}) if peer else {}
+            sides = ("ours", "peer") if peer else ("ours",)
+            found = [
+                _child({**settings, "what": side, "B": B, "T": T}) for _ in range(rounds) for side in sides
+            ]
+            ours, theirs = _merged(found[:: len(sides)]), _merged(found[1::2]) if peer else {}
             speed, other = ours.get("tokens_per_s"), theirs.get("tokens_per_s")
             rows.append(
                 {
@@ -81,10 +100,21 @@ def bench_step(
     return rows
 
 
+def _merged(found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Several measurements of one side as one; out of memory once is out of memory."""
+    if any("out_of_memory" in one for one in found):
+        return {"out_of_memory": True}
+    speed = statistics.median(one["tokens_per_s"] for one in found)
+    return {**found[0], "tokens_per_s": speed, "peak_mib": max(one["peak_mib"] for one in found)}
+
+
 def _child(settings: dict[str, Any]) -> dict[str, Any]:
     """Measure in a fresh interpreter; out of memory is an answer, any other failure an error."""
     done = subprocess.run(
-        [sys.executable, "-m", "lab_utils.bench.step", json.dumps(settings)], capture_output=True, text=True
+        [sys.executable, "-m", "lab_utils.bench.step", json.dumps(settings)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **ALLOCATORS[settings["allocator"]]},
     )
     if done.returncode == 0:
         return json.loads(done.stdout.strip().splitlines()[-1])

@@ -88,7 +88,9 @@ def verify(
 
     emit(result, as_json, render)
     if problems:
-        first, *others = dict.fromkeys(problem.message for problem in problems)  # one may stand for several splits
+        first, *others = dict.fromkeys(
+            problem.message for problem in problems
+        )  # one may stand for several splits
         for message in others:
             say(f"error: {message}")
         raise DataError(first)
