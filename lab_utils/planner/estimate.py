@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 # Share of the matrix-product peak that training reaches: measured for the shipped model on two CPU cores (see
 # docs/benchmarks.md); for accelerators the published V4-Pro run on 910C.
-UTILISATION = {"cpu": 0.15, "cuda": 0.35, "npu": 0.35}
+UTILISATION = {"cpu": 0.28, "cuda": 0.35, "npu": 0.35}
 GIB = 2**30
 
 
