@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow  # real processes: minutes
+
 HERE = Path(__file__).parent
 ONE_RANK = ["resumes_bit_for_bit", "resumes_at_another_number_of_ranks"]
 

@@ -21,6 +21,8 @@ from lab_utils.runs.directory import RunDirectory, create
 sys.path.insert(0, str(Path(__file__).parent))
 from small_v4 import write_source
 
+pytestmark = pytest.mark.slow  # real processes: minutes
+
 ROOT = Path(__file__).parents[2]
 
 

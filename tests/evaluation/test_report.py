@@ -50,6 +50,7 @@ def run(tmp_path: Path):
     return made
 
 
+@pytest.mark.slow
 def test_the_report_of_unchanged_weights_has_the_same_answers_twice(run):
     evaluate(run, limit=8)
     report = json.loads((run.path / "report.json").read_text())

@@ -17,6 +17,8 @@ from lab_utils.runs import commands
 from lab_utils.runs.api import Run, attach, launch
 from lab_utils.runs.directory import RunDirectory, create
 
+pytestmark = pytest.mark.slow  # real processes: minutes
+
 ATTACHED = """
 import sys, time
 from lab_utils.recipe import Recipe
