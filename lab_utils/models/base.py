@@ -31,7 +31,11 @@ class ModelOutput:
 
 @runtime_checkable
 class TrainableModel(Protocol):
-    """An ``nn.Module`` that trains on packed rows. Documents of a row never see one another."""
+    """An ``nn.Module`` that trains on packed rows. Documents of a row never see one another.
+
+    A model with auxiliary losses also has ``auxiliary_counts(position_ids, document_ids)``: by name, what each of them
+    will be a mean over, so that micro-batches add up to the global batch's mean.
+    """
 
     config: Any  # transformers configuration
 

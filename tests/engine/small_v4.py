@@ -4,7 +4,6 @@ ways.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -109,17 +108,6 @@ class DocumentRows:
         self.step = state["step"]
 
 
-def indexer_counts(
-    config: Any, position_ids: torch.Tensor, document_ids: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """Queries of the indexer's KL loss: tokens that see a whole compressed entry of their document, in every
-    layer.
-    """
-    name = "compressed_sparse_attention"
-    sees = (document_ids >= 0) & (position_ids >= config.compress_rates[name] - 1)
-    return {"indexer_kl": sees.sum() * config.layer_types.count(name)}
-
-
 def builder(number: int, per_row: int, longest: int) -> Any:
     """A builder of engine parts over these documents and the recipe's own model."""
 
@@ -132,9 +120,6 @@ def builder(number: int, per_row: int, longest: int) -> Any:
             dtype=section.dtype,
             seed=recipe.seed,
             checkpointing=section.checkpointing,
-        )
-        model.auxiliary_counts = getattr(model, "auxiliary_counts", None) or partial(
-            indexer_counts, model.config
         )
         return Parts(
             model=model,

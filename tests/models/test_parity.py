@@ -165,6 +165,16 @@ def test_the_indexer_learns_from_its_own_loss_and_teaches_nothing_else(tmp_path)
     assert moved == indexer and indexer
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_the_count_of_the_indexer_loss_is_known_before_the_forward_pass(seed, tmp_path):
+    ours, _ = pair(seed, tmp_path / "m")
+    torch.manual_seed(seed)
+    ids, positions, documents = rows(torch.randint(1, 40, (4,)).tolist(), 97)
+    documents[:, -5:] = -1  # padding counts for nothing
+    kl = ours(ids, positions, documents).auxiliary.get("indexer_kl")
+    assert float(ours.auxiliary_counts(positions, documents)["indexer_kl"]) == (float(kl.count) if kl else 0.0)
+
+
 def test_checkpointing_changes_memory_not_gradients(tmp_path):
     ours, _ = pair(1, tmp_path / "m")
     again = load_model(str(tmp_path / "m"), dtype=torch.float32, checkpointing="full")

@@ -12,7 +12,7 @@ from transformers import DeepseekV4Config
 
 from kernels.geometry import Geometry
 from lab_utils.models.base import AuxiliaryLoss, ModelOutput
-from lab_utils.models.deepseek_v4.attention import Attention
+from lab_utils.models.deepseek_v4.attention import CSA, Attention
 from lab_utils.models.deepseek_v4.counting import training_flops
 from lab_utils.models.deepseek_v4.hyper_connections import HyperConnection, HyperHead
 from lab_utils.models.deepseek_v4.layers import Context, Norm, linear
@@ -73,6 +73,16 @@ class DeepseekV4(nn.Module):
 
     def flops_per_token(self, document_lengths: list[int]) -> float:
         return training_flops(self.config, document_lengths, indexer_trained=self.indexer_loss > 0)
+
+    def auxiliary_counts(self, position_ids: Tensor, document_ids: Tensor) -> dict[str, Tensor]:
+        """What the auxiliary losses of these rows will be means over, known before the forward pass.
+
+        For the indexer's KL: tokens that see a whole compressed entry of their document, in every CSA layer.
+        """
+        if not self.indexer_loss:
+            return {}
+        sees_BT = (document_ids >= 0) & (position_ids >= self.config.compress_rates[CSA] - 1)
+        return {"indexer_kl": sees_BT.sum() * self.config.layer_types.count(CSA)}
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, document_ids: Tensor) -> ModelOutput:
         """Packed rows ``[B, T]`` to final hidden states; see ``ModelOutput``."""
