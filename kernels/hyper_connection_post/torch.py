@@ -13,19 +13,15 @@ class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_NnD, y_ND, post_Nn, comb_Njk):
         ctx.save_for_backward(h_NnD, y_ND, post_Nn, comb_Njk)
-        out = post_Nn[..., None] * y_ND[:, None].to(post_Nn.dtype)
-        for j in range(h_NnD.shape[1]):
-            out.addcmul_(comb_Njk[:, j, :, None], h_NnD[:, j, None].to(out.dtype))
-        return out.to(h_NnD.dtype)
+        out = torch.bmm(comb_Njk.transpose(1, 2), h_NnD.to(comb_Njk.dtype))
+        return out.addcmul_(post_Nn[..., None], y_ND[:, None].to(out.dtype)).to(h_NnD.dtype)
 
     @staticmethod
     def backward(ctx, grad_NnD):
         h_NnD, y_ND, post_Nn, comb_Njk = ctx.saved_tensors
         full = full_dtype(h_NnD)
         grad = grad_NnD.to(full).contiguous()
-        d_h = comb_Njk[:, :, :1] * grad[:, :1]
-        for k in range(1, h_NnD.shape[1]):
-            d_h.addcmul_(comb_Njk[:, :, k, None], grad[:, k, None])
+        d_h = torch.bmm(comb_Njk, grad)
         d_y = torch.bmm(post_Nn[:, None], grad).squeeze(1)
         # One row of factors times a wide matrix is the shape in which a batched product is fast on CPU.
         d_post = torch.bmm(y_ND.to(full)[:, None], grad.transpose(1, 2)).squeeze(1)

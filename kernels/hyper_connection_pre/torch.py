@@ -1,4 +1,4 @@
-"""mHC, the way in, with its own backward: saves the streams and 24 coefficients a token, recomputes Sinkhorn.
+"""mHC, the way in, with its own backward: saves the streams, 40 coefficients and Sinkhorn's divisors of each token.
 
 The iterations work on ``[j, k, N]`` (tokens last), where sums over four streams are additions of whole vectors. The
 streams pass through, so that the gradient of their mixing arrives here and is added to in place.
@@ -14,16 +14,32 @@ from kernels._support import full_dtype
 from kernels.rms_norm.torch import inverse_rms
 
 
-def _sinkhorn(
-    comb_jkN: Tensor, iterations: int, eps: float
-) -> tuple[Tensor, list[tuple[int, Tensor, Tensor]]]:
-    """The balanced matrices and, for the backward pass, each step's ``(dimension, sums, result)``."""
-    steps = []
-    for dim in (0, *(1, 0) * (iterations - 1)):
-        sums = comb_jkN.sum(dim, keepdim=True).add_(eps)
-        comb_jkN = comb_jkN / sums
-        steps.append((dim, sums, comb_jkN))
-    return comb_jkN, steps
+def _dimensions(iterations: int) -> list[int]:
+    """Which sums are made one, step by step: columns, then rows and columns in turn."""
+    return [0, *(1, 0) * (iterations - 1)]
+
+
+def _sinkhorn_(comb_jkN: Tensor, iterations: int, eps: float) -> Tensor:
+    """Balance the matrices in place; returns what each step divided by, ``[steps, n, N]``."""
+    dims = _dimensions(iterations)
+    sums = comb_jkN.new_empty(len(dims), *comb_jkN.shape[1:])
+    for dim, total in zip(dims, sums, strict=True):
+        torch.sum(comb_jkN, dim, out=total)
+        comb_jkN.div_(total.add_(eps).unsqueeze(dim))
+    return sums
+
+
+def _sinkhorn_backward(grad_jkN: Tensor, comb_jkN: Tensor, sums: Tensor, iterations: int) -> Tensor:
+    """Gradient of the unbalanced matrices from that of the balanced ones.
+
+    For y = x / s with s = Σx + ε:  dx = (dy - Σ dy·y) / s. Of the products dx·x = dy·y - y·Σ dy·y, no step divides, and
+    x = y·s comes back from y. Writes over ``grad_jkN``.
+    """
+    product, y = grad_jkN.mul_(comb_jkN), comb_jkN.clone()
+    for dim, total in zip(reversed(_dimensions(iterations)), reversed(sums.unbind(0)), strict=True):
+        product.addcmul_(y, product.sum(dim, keepdim=True), value=-1)
+        y.mul_(total.unsqueeze(dim))
+    return product.div_(y)
 
 
 def _coefficients(z_zN: Tensor, base: Tensor, scale: Tensor, n: int):
@@ -43,9 +59,9 @@ class _Pre(torch.autograd.Function):
         inverse_N1 = inverse_rms(u, norm_eps)
         z_zN = (u @ fn.to(full).T).mul_(inverse_N1).T.contiguous()
         pre, post, comb, _ = _coefficients(z_zN, base.to(full), scale.to(full), n)
-        comb, _ = _sinkhorn(comb.add_(eps), iterations, eps)
+        sums = _sinkhorn_(comb.add_(eps), iterations, eps)
         collapsed = torch.bmm(pre.add_(eps).T.contiguous()[:, None], h).squeeze(1)
-        ctx.save_for_backward(h_NnD, fn, base, scale, inverse_N1, z_zN)
+        ctx.save_for_backward(h_NnD, fn, base, scale, inverse_N1, z_zN, comb, sums)
         ctx.iterations, ctx.eps = iterations, eps
         return (
             collapsed.to(h_NnD.dtype),
@@ -56,15 +72,12 @@ class _Pre(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_collapsed, d_post, d_comb, d_h):
-        h_NnD, fn, base, scale, inverse_N1, z_zN = ctx.saved_tensors
-        full, (N, n, D), eps = full_dtype(h_NnD), h_NnD.shape, ctx.eps
+        h_NnD, fn, base, scale, inverse_N1, z_zN, comb, sums = ctx.saved_tensors
+        full, (N, n, D) = full_dtype(h_NnD), h_NnD.shape
         h, fn_full = h_NnD.to(full), fn.to(full)
         pre, post, soft, factor = _coefficients(z_zN, base.to(full), scale.to(full), n)
-        _, steps = _sinkhorn(soft + eps, ctx.iterations, eps)
         grad = d_comb.permute(1, 2, 0).contiguous()
-        for dim, sums, result in reversed(steps):
-            # y = x / (Σx + ε):  dx = (dy - Σ dy·y) / (Σx + ε)
-            grad = grad.sub_((grad * result).sum(dim, keepdim=True)).div_(sums)
+        grad = _sinkhorn_backward(grad, comb, sums, ctx.iterations)
         d_logit = torch.empty_like(z_zN)
         d_logit[2 * n :] = torch.mul(soft, grad - (grad * soft).sum(1, keepdim=True)).view(n * n, N)
         d_col = d_collapsed.to(full)
@@ -79,7 +92,7 @@ class _Pre(torch.autograd.Function):
         d_raw = d_z.T * inverse_N1
         u = h.view(N, n * D)
         d_u = d_h.to(full).view(N, n * D).addmm_(d_raw, fn_full).addcmul_(u, inner_N1)
-        d_u.view(N, n, D).addcmul_((pre + eps).T[..., None], d_col[:, None])
+        d_u.view(N, n, D).addcmul_((pre + ctx.eps).T[..., None], d_col[:, None])
         d_fn = d_raw.T @ u
         return (
             d_u.view(N, n, D).to(h_NnD.dtype),

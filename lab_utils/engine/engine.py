@@ -22,12 +22,11 @@ from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
 from lab_utils.engine.parts import Parts, build_parts
 from lab_utils.engine.reduce import all_reduce, gather_objects, over_ranks
+from lab_utils.engine.window import Window
 from lab_utils.errors import RunError
 from lab_utils.optim.schedules import learning_rate
 from lab_utils.recipe import Recipe
-from lab_utils.telemetry.reductions import Max, Mean, Metric, Sum, reduce_metrics, to_values
-
-GIB = 2**30
+from lab_utils.telemetry.reductions import Mean, Metric, reduce_metrics, to_values
 
 
 @dataclass(frozen=True)
@@ -117,12 +116,12 @@ class Engine:
         self.model.train()
         self.accelerator.seed(recipe.seed * 1_000_003 + self.rank)
         self.clock = StepClock(self.accelerator.synchronize)
-        self.pending: list[dict[str, Metric]] = []
         self.saved_step = None
         if found:
             self._resume(found)
         peak = self.accelerator.peak(recipe.model.dtype) if self.rank == 0 else None
         self.peak = gather_objects(peak)[0]  # measured by one rank while the others wait
+        self.window = Window(self.device, self.world, self.peak.flops)
         if self.rank == 0:
             self.parts.telemetry.open(self.run_dir, recipe, self.accelerator, self.peak)
             for problem in broken:
@@ -255,47 +254,20 @@ class Engine:
 
     def log(self, metrics: dict[str, Metric]) -> None:
         """One line every ``tracking.log_every`` steps, over all steps since the last line and all ranks."""
-        memory = self.accelerator.memory()
-        self.pending.append(
-            {
-                **metrics,
-                **self.clock.metrics(),
-                "tokens": Sum(self.batch_tokens / self.world),
-                "positions": Sum(float(self.local_positions)),
-                "flops": Sum(self.local_flops),
-                "mem/allocated_peak": Max(memory.allocated_peak / GIB),
-                "mem/reserved_peak": Max(memory.reserved_peak / GIB),
-                "mem/alloc_retries": Max(float(memory.alloc_retries)),
-                "mem/peak_frac": Max(memory.reserved_peak / memory.capacity if memory.capacity else 0.0),
-            }
+        self.window.add(
+            {**metrics, **self.clock.metrics()},
+            tokens=self.batch_tokens,
+            positions=self.local_positions,
+            flops=self.local_flops,
+            memory=self.accelerator.memory(),
         )
         step, last = self.progress.step, self.progress.step == self.recipe.schedule.steps
         if not (last or _due(step, self.recipe.tracking.log_every)):
             return
-        steps = len(self.pending)
-        reduced = over_ranks(reduce_metrics(self.pending), self.device)
-        self.pending = []
+        values = self.window.close()
         if self.rank == 0:
-            self.parts.telemetry.log(
-                step, {**self._throughput(to_values(reduced), steps), **self._standing()}
-            )
+            self.parts.telemetry.log(step, {**values, **self._standing()})
             self._status()
-
-    def _throughput(self, values: dict[str, float], steps: int) -> dict[str, float]:
-        """Rates from the sums of a logged line."""
-        tokens, positions, flops = (values.pop(key) for key in ("tokens", "positions", "flops"))
-        seconds = values["perf/step_time"] * steps
-        rates = {
-            "perf/tokens_per_s": tokens / seconds,
-            "perf/tokens_per_s_per_chip": tokens / seconds / self.world,
-            "perf/tflops_per_chip": flops / seconds / self.world / 1e12,
-            "perf/padding_frac": 1.0 - tokens / positions,
-        }
-        if (
-            self.peak.flops
-        ):  # unknown for a device without a published rate: no number is better than a wrong one
-            rates["perf/mfu"] = flops / seconds / self.world / self.peak.flops
-        return values | rates
 
     def _standing(self) -> dict[str, float]:
         return {

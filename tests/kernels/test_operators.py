@@ -56,7 +56,7 @@ def agree(
     assert results, f"{operator} has nothing to compare with its reference"
     for name, found in results.items():
         for a, b in zip(found, expected, strict=True):
-            close = {"rtol": rtol, "atol": rtol * max(float(b.double().abs().max()), 1e-2)}
+            close = {"rtol": rtol, "atol": rtol * max(float(b.detach().double().abs().max()), 1e-2)}
             torch.testing.assert_close(a, b, **close, msg=lambda m, n=name: f"{operator}/{n}: {m}")
 
 
