@@ -90,6 +90,9 @@ class OptimSection(Section):
 
 class ParallelSection(Section):
     dp: int | None = Field(None, ge=1, description="Data-parallel degree; absent: every rank.")
+    ep: int = Field(
+        1, ge=1, description="Expert-parallel degree, a divisor of dp: so many ranks share a layer's experts."
+    )
     zero: Literal[0, 1] = Field(
         1, description="ZeRO stage: 1 shards optimizer state and master weights over dp."
     )
@@ -256,6 +259,11 @@ class Recipe(Section):
         if dp != world:
             raise LayoutError(
                 f"parallel.dp={dp} does not match {world} ranks: set parallel.dp={world} or cluster.nproc={dp}."
+            )
+        if dp % self.parallel.ep:
+            raise LayoutError(
+                f"parallel.ep={self.parallel.ep} does not divide the {dp} data-parallel ranks: "
+                f"set it to a divisor of {dp}, or change cluster.nproc."
             )
         if rows % dp:
             raise LayoutError(

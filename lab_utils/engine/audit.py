@@ -93,8 +93,9 @@ def final_tensors(found: Path) -> dict[str, Tensor]:
     for path in sorted((found / "model").glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             tensors |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    for name, state in checkpoint.optimizer_state(found):
-        tensors[name] = state["master"]
+    trained = checkpoint.OptimizerFiles(found)
+    for name in trained.names():
+        tensors[name] = trained.read(name)["master"]
     return tensors
 
 

@@ -3,7 +3,8 @@
 Layout of ``checkpoints/step-000100/``::
 
     model/          safetensors in transformers' layout, config.json, tokenizer: loadable by itself
-    optimizer/      part-RRRRR-NNN.safetensors: ``NAME/master``, ``NAME/exp_avg``…: fp32, in the parameter's shape
+    optimizer/      part-RRRRR-NNN.safetensors: ``NAME/master``, ``NAME/exp_avg``…: fp32, in the parameter's shape;
+                    of a parameter spread over ranks ``NAME[START:STOP]/master``: these rows of its first dimension
     state.json      step, counters, loader, generators of each rank, layout
     MANIFEST.json   bytes and sha256 of every file above
     COMPLETE        written last
@@ -17,19 +18,24 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lab_utils.engine.reduce import gather_objects
+from lab_utils.engine.rows import Rows
+from lab_utils.engine.sharded_model import ShardedFiles
 from lab_utils.errors import CheckpointError
 from lab_utils.models.load import save_tensors
 
 PART_BYTES = 2**30  # an optimizer file is closed when it has grown to this
+RANGE = re.compile(r"\[(\d+):\d+\]$")
 Problem = str
 
 
@@ -44,8 +50,9 @@ def save(
     root: Path,
     step: int,
     *,
-    write_model: Callable[[Path], None],
-    optimizer_state: Iterable[tuple[str, dict[str, Tensor]]],
+    write_model: Callable[..., None],
+    optimizer_state: Iterable[tuple[str, Rows, dict[str, Tensor]]],
+    shards: ShardedFiles | None = None,
     state: dict[str, Any],
     rank: int,
     keep_last: int,
@@ -54,8 +61,9 @@ def save(
 
     Args:
         root: the run's ``checkpoints`` folder.
-        write_model: fills the ``model/`` folder; called on rank 0.
-        optimizer_state: this rank's share, whole tensors by parameter name; iterating it is collective.
+        write_model: fills the ``model/`` folder, ``write_model(folder, tensors=shards is None)``; called on rank 0.
+        optimizer_state: this rank's share by parameter name; iterating it is collective.
+        shards: the tensors of a model that is spread over ranks; absent: ``write_model`` writes them.
         state: what ``state.json`` holds, the same on every rank.
         keep_last: complete checkpoints that stay.
 
@@ -70,8 +78,16 @@ def save(
     )
     if rank == 0 and problem is None:
         problem = _attempt(
-            lambda: (write_model(temporary / "model"), _write_json(temporary / "state.json", state))
+            lambda: (
+                write_model(temporary / "model", tensors=shards is None),
+                _write_json(temporary / "state.json", state),
+            )
         )
+    if shards is not None:
+        if rank == 0 and problem is None:
+            problem = _attempt(lambda: shards.create(temporary / "model"))
+        _agree(final, problem, temporary, rank)
+        problem = _attempt(lambda: shards.write(temporary / "model"))
     _agree(final, problem, temporary, rank)
 
     def publish() -> None:
@@ -98,12 +114,14 @@ def _make_folders(temporary: Path) -> None:
         (temporary / part).mkdir(parents=True)
 
 
-def _write_optimizer(target: Path, named_state: Iterable[tuple[str, dict[str, Tensor]]], rank: int) -> None:
+def _write_optimizer(
+    target: Path, named_state: Iterable[tuple[str, Rows, dict[str, Tensor]]], rank: int
+) -> None:
     part: dict[str, Tensor] = {}
     number = size = 0
-    for name, tensors in named_state:
+    for name, rows, tensors in named_state:
         for kind, value in tensors.items():
-            part[f"{name}/{kind}"] = value.detach().cpu().contiguous().clone()
+            part[_key(name, rows, kind)] = value.detach().cpu().contiguous().clone()
             size += value.numel() * value.element_size()
         if size >= PART_BYTES:
             save_tensors(part, target / f"part-{rank:05d}-{number:03d}.safetensors")
@@ -218,15 +236,57 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 
 
-def optimizer_state(checkpoint: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Whole tensors of each parameter's optimizer state, by name."""
-    for path in sorted((checkpoint / "optimizer").glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            names: dict[str, list[str]] = {}
-            for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                names.setdefault(key.rpartition("/")[0], []).append(key)
-            for name, keys in names.items():
-                yield name, {key.rpartition("/")[2]: file.get_tensor(key) for key in keys}
+def _key(name: str, rows: Rows, kind: str) -> str:
+    return f"{name}/{kind}" if rows.whole else f"{name}[{rows.start}:{rows.stop}]/{kind}"
+
+
+class OptimizerFiles:
+    """The optimizer state of a checkpoint by parameter name, any rows of it; reads only the bytes asked for."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        # name -> kind -> [(first row, file, key)], in order of rows
+        self._parts: dict[str, dict[str, list[tuple[int, Path, str]]]] = {}
+        for path in sorted((checkpoint / "optimizer").glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
+                    name, _, kind = key.rpartition("/")
+                    found = RANGE.search(name)
+                    name, start = (name[: found.start()], int(found[1])) if found else (name, 0)
+                    self._parts.setdefault(name, {}).setdefault(kind, []).append((start, path, key))
+        for kinds in self._parts.values():
+            for parts in kinds.values():
+                parts.sort(key=lambda part: part[0])
+
+    def names(self) -> list[str]:
+        return list(self._parts)
+
+    def read(self, name: str, rows: Rows | None = None) -> dict[str, Tensor]:
+        """State of a parameter, or of some rows of it: ``master`` and what the optimizer keeps.
+
+        Raises:
+            CheckpointError: rows that are in no file.
+        """
+        return {kind: self._rows(name, parts, rows) for kind, parts in self._parts[name].items()}
+
+    def _rows(self, name: str, parts: list[tuple[int, Path, str]], rows: Rows | None) -> Tensor:
+        found, at = [], rows.start if rows else 0
+        for start, path, key in parts:
+            with safe_open(path, framework="pt") as file:
+                view = file.get_slice(key)
+                shape = view.get_shape()
+                if not shape:  # a scalar state, the same for every run of rows
+                    return file.get_tensor(key)
+                stop = start + shape[0]
+                last = min(stop, rows.stop) if rows else stop
+                if start <= at < last:
+                    found.append(view[at - start : last - start])
+                    at = last
+        if not found or (rows and at != rows.stop):
+            raise CheckpointError(
+                f"{parts[0][1].parent}: rows from {at} on of '{name}' are in no file; the checkpoint is of another "
+                f"model, or files of it are gone: restore them."
+            )
+        return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def load_optimizer(checkpoint: Path, optimizer: Any) -> None:
@@ -235,18 +295,27 @@ def load_optimizer(checkpoint: Path, optimizer: Any) -> None:
     Raises:
         CheckpointError: the checkpoint is of another model: a parameter is absent, unknown or of another shape.
     """
-    wanted = dict(optimizer.shapes)
-    for name, tensors in optimizer_state(checkpoint):
+    files = OptimizerFiles(checkpoint)
+    missing = sorted(set(optimizer.places_by_name) - set(files.names()))
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}: no optimizer state for parameter '{missing[0]}' ({len(missing)} such); "
+            f"resume with the model that the run was started with."
+        )
+    for name, place in optimizer.places_by_name.items():
+        tensors = files.read(name, place.rows)
         shape = tuple(tensors["master"].shape)
-        if wanted.pop(name, None) != shape:
+        if shape != place.shape:
             raise CheckpointError(
                 f"{checkpoint}: parameter '{name}' of shape {list(shape)} does not fit this model; "
                 f"resume with the model that the run was started with."
             )
         optimizer.load_named_state(name, tensors)
-    if wanted:
+    held = {name for names in gather_objects(sorted(optimizer.places_by_name)) for name in names}
+    unknown = sorted(set(files.names()) - held)
+    if unknown:
         raise CheckpointError(
-            f"{checkpoint}: no optimizer state for parameter '{next(iter(wanted))}' ({len(wanted)} such); "
+            f"{checkpoint}: parameter '{unknown[0]}' ({len(unknown)} such) is not in this model; "
             f"resume with the model that the run was started with."
         )
     optimizer.refresh_working()

@@ -6,6 +6,7 @@ named for the defect that it answers; paths are below ``colossalai/`` in its sou
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import socket
@@ -62,11 +63,12 @@ with _stand_ins(), warnings.catch_warnings():
     import colossalai
     from colossalai.accelerator import CpuAccelerator, set_accelerator
     from colossalai.booster import Booster
-    from colossalai.booster.plugin import HybridParallelPlugin
+    from colossalai.booster.plugin import MoeHybridParallelPlugin
     from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule, get_param_info
     from colossalai.shardformer.policies.base_policy import Policy
 
-from lab_utils.engine.zero import ZeroOptimizer  # noqa: E402  (needs the import above to have happened)
+from lab_utils.engine.placement import Sharding  # noqa: E402  (these need the import above to have happened)
+from lab_utils.engine.zero import Groups, ZeroOptimizer  # noqa: E402
 
 
 class IdleStream:
@@ -140,34 +142,48 @@ class WholeModelPolicy(Policy):
         return self.model
 
 
-class DataParallelPlugin(HybridParallelPlugin):
-    """Data parallelism with ZeRO stage 0 or 1 on every device kind.
+class LayoutPlugin(MoeHybridParallelPlugin):
+    """Data and expert parallelism with ZeRO stage 0 or 1 on every device kind.
 
     - Defect: ``precision="bf16"`` casts *all* parameters, buffers and float inputs of forward (the router's weight and
       bias, sinks, loss weights). The model comes with the dtypes it wants; the wrapper is told "fp32", which casts
       nothing.
-    - Defect: ZeRO refuses fp32, and stage 0 goes through DDP, which hangs on a parameter without a gradient. Both
-      stages use ``ZeroOptimizer``: stage 0 is one shard and a gradient sum over the ranks.
+    - Defect: ZeRO refuses fp32, and stage 0 goes through DDP, which hangs on a parameter without a gradient, and refuses
+      experts. Both stages use ``ZeroOptimizer``: stage 0 is one shard and a gradient sum over the ranks.
     - Defect: ``max_norm`` clips by a norm that is wrong with experts or an empty group: it stays 0, the engine clips.
+    - Defect: a model without experts is refused ("No parameters found in moe_dp_group"): here it has none to cut.
+
+    Attributes:
+        dp_rank, dp_size: this rank's place among those that see different tokens.
     """
 
-    def __init__(self, zero: int, bucket_elements: int) -> None:
+    def __init__(self, *, ep: int, zero: int, bucket_elements: int) -> None:
         super().__init__(
             tp_size=1,
             pp_size=1,
+            ep_size=ep,
             precision="fp32",
             zero_stage=zero,
             max_norm=0.0,
             overlap_communication=False,
-            custom_policy=WholeModelPolicy(),
         )
         self.bucket_elements = bucket_elements
+        self.dp_rank = dist.get_rank(self.dp_group)
+
+    @property
+    def cuts_model(self) -> bool:
+        """Whether a rank holds less than the whole model."""
+        return self.ep_size > 1
+
+    def writes(self, tensor: torch.Tensor) -> bool:
+        """Whether this rank is the one to save a tensor of its model, among those that hold the same rows of it."""
+        group = self.moe_dp_group if hasattr(tensor, "ep_group") else self.dp_group
+        return dist.get_rank(group) == 0
 
     def supported_devices(self) -> list[str]:
         return ["cpu", "cuda", "npu"]
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
-        names = global_names(model)
         param_info = get_param_info(optimizer)
         wrapped = HybridParallelModule(
             model,
@@ -178,23 +194,36 @@ class DataParallelPlugin(HybridParallelPlugin):
             sp_group=self.sp_group,
             use_ddp=False,
             ddp_config=self.ddp_config,
-            custom_policy=self.custom_policy,
+            custom_policy=policy_of(model),
         )
         if optimizer is not None:
             optimizer = ZeroOptimizer(
                 optimizer,
                 wrapped,
                 param_info=param_info,
-                names=names,
-                # With tensor parallelism of 1 that group holds this rank alone: one shard, the whole of it.
-                shard_group=self.dp_group if self.zero_stage else self.tp_group,
-                dp_group=self.dp_group,
+                names=global_names(model),
+                groups=self._groups(),
                 bucket_elements=self.bucket_elements,
             )
         return wrapped, optimizer, criterion, dataloader, lr_scheduler
 
+    def _groups(self) -> Groups:
+        # With tensor parallelism of 1 that group holds this rank alone: one shard, the whole of it.
+        def sharding(group: dist.ProcessGroup) -> Sharding:
+            return Sharding(group, group if self.zero_stage else self.tp_group)
+
+        return Groups(sharding(self.dp_group), sharding(self.moe_dp_group), self.dp_group)
+
     def __del__(self) -> None:
         """Defect: the parent destroys process groups at interpreter exit, when torch is half gone: a TypeError."""
+
+
+def policy_of(model: torch.nn.Module) -> Policy:
+    """How a model is cut: ``POLICY`` of the module ``policy`` beside it, else whole on every rank."""
+    package = type(model).__module__.rpartition(".")[0]
+    if not package or importlib.util.find_spec(f"{package}.policy") is None:
+        return WholeModelPolicy()
+    return importlib.import_module(f"{package}.policy").POLICY()
 
 
 def global_names(model: torch.nn.Module) -> dict[int, str]:
@@ -223,11 +252,16 @@ def start(accelerator: Accelerator, seed: int) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def plugin(*, ep: int, zero: int, bucket_elements: int = 12 * 2**20) -> LayoutPlugin:
+    """The layout of this job; made before the model, since a rank's place in it decides what data it reads."""
+    return LayoutPlugin(ep=ep, zero=zero, bucket_elements=bucket_elements)
+
+
 def boost(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, zero: int, bucket_elements: int = 12 * 2**20
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, layout: LayoutPlugin
 ) -> tuple[Booster, torch.nn.Module, ZeroOptimizer]:
-    """Wrap model and optimizer for training: ``(booster, model, optimizer)``."""
-    booster = Booster(plugin=DataParallelPlugin(zero, bucket_elements))
+    """Cut and wrap model and optimizer for training: ``(booster, model, optimizer)``."""
+    booster = Booster(plugin=layout)
     model, optimizer, *_ = booster.boost(model, optimizer)
     return booster, model, optimizer
 

@@ -96,6 +96,8 @@ class Engine:
         self.rank, self.world = colossal.start(self.accelerator, recipe.seed)
         _make_deterministic()
         self.dp, self.micro_rows, self.accumulation = recipe.layout(self.world)
+        parallel = recipe.parallel
+        self.layout = colossal.plugin(ep=parallel.ep, zero=parallel.zero)
         self.checkpoints = self.run_dir.path / "checkpoints"
         if self.rank == 0:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -105,13 +107,13 @@ class Engine:
             recipe,
             self.accelerator,
             self.run_dir,
-            rank=self.rank,
-            world=self.world,
+            rank=self.layout.dp_rank,
+            world=self.dp,
             device=self.device,
             source=source,
         )
         self.booster, self.model, self.optimizer = colossal.boost(
-            self.parts.model, self.parts.optimizer(recipe.optim), zero=recipe.parallel.zero
+            self.parts.model, self.parts.optimizer(recipe.optim), self.layout
         )
         self.model.train()
         self.accelerator.seed(recipe.seed * 1_000_003 + self.rank)
@@ -304,7 +306,12 @@ class Engine:
             **asdict(self.progress),
             "loader": self.parts.train.state_dict(),
             "rng": gather_objects(self.accelerator.rng_state()),
-            "layout": {"world_size": self.world, "dp": self.dp, "zero": self.recipe.parallel.zero},
+            "layout": {
+                "world_size": self.world,
+                "dp": self.dp,
+                "ep": self.layout.ep_size,
+                "zero": self.recipe.parallel.zero,
+            },
             "dtype": self.recipe.model.dtype,
             "recipe": self.recipe.hash,
         }
@@ -313,6 +320,7 @@ class Engine:
             self.progress.step,
             write_model=self.parts.write_model,
             optimizer_state=self.optimizer.named_state(),
+            shards=ShardedFiles(self.parts.model, self.layout.writes) if self.layout.cuts_model else None,
             state=state,
             rank=self.rank,
             keep_last=self.recipe.schedule.keep_last,

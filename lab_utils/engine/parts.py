@@ -54,7 +54,8 @@ class Parts:
     model: torch.nn.Module
     train: Any  # a PackedLoader
     objective: Objective
-    write_model: Callable[[Path], None]  # fills a folder that transformers loads
+    # Fills a folder that transformers loads: write_model(folder, tensors=…), False where ranks write those themselves.
+    write_model: Callable[..., None]
     validation: Any | None = None
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(MultiSink([])))
 
@@ -80,7 +81,7 @@ def build_parts(
     """
     from lab_utils.data.loader import build_loader
     from lab_utils.data.tokenizer import load_tokenizer
-    from lab_utils.models.load import load_model, load_tokenizer_path, save_pretrained
+    from lab_utils.models.load import load_model, load_tokenizer_path
 
     section = recipe.model
     model = load_model(
@@ -95,8 +96,8 @@ def build_parts(
     shared = {"rank": rank, "world_size": world}
     held_out = recipe.data.validation
 
-    def write_model(folder: Path) -> None:
-        save_pretrained(model, model.config, folder)
+    def write_model(folder: Path, *, tensors: bool) -> None:
+        write_pretrained(model, folder, tensors=tensors)
         tokenizer.save(folder)
 
     return Parts(
@@ -113,6 +114,16 @@ def build_parts(
         if rank == 0
         else Telemetry(MultiSink([])),
     )
+
+
+def write_pretrained(model: Any, folder: Path, *, tensors: bool) -> None:
+    """config.json, and with ``tensors`` the weights, in transformers' layout."""
+    from lab_utils.models.load import save_pretrained, write_config
+
+    if tensors:
+        save_pretrained(model, model.config, folder)
+    else:
+        write_config(model.config, model.head_weight.dtype, folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

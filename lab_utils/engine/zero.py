@@ -1,8 +1,7 @@
 """ZeRO-1 on flat fp32 gradient buffers: ColossalAI's optimizer with its sums, norm and step put right.
 
-Imported by ``colossal.py`` after ColossalAI itself. A bucket is a run of parameters of one group and dtype. Its
-gradient buffer is ``[S, n]``: S shards (ranks), n elements a shard; row r holds shard r of every parameter, each padded
-to a multiple of S. Reducing the buffer over the ranks leaves in row r the gradient of rank r's master slices.
+Imported by ``colossal.py`` after ColossalAI itself. How parameters are cut and where the pieces lie is ``placement.py``;
+here gradients are gathered, summed, measured, applied, and states go in and out by global name.
 """
 
 from __future__ import annotations
@@ -16,35 +15,31 @@ import torch.distributed as dist
 from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelZeroOptimizer
 from torch import Tensor
 
+from lab_utils.engine.placement import Bucket, Place, Sharding, fill_buckets
+from lab_utils.engine.rows import Rows
+
 # torch 2.13 renamed these two; 2.12 knows only the old names.
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-@dataclass
-class Place:
-    """Where a parameter lives in its bucket: columns ``[start, start + width)`` of every row."""
+@dataclass(frozen=True)
+class Groups:
+    """Over which ranks gradients are summed, and over which of them masters and states are cut.
 
-    name: str
-    index: int
-    working: torch.nn.Parameter
-    master: Tensor
-    group: int
-    start: int
-    width: int
+    Args:
+        dense, experts: of parameters that all data-parallel ranks hold, and of those that a rank holds a share of.
+        data: all ranks that see different tokens in the same stage.
+        world: every rank; the gradient norm is summed over it.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the parameter and its states; never of zero dimensions, which tell a scalar state."""
-        return tuple(self.working.shape) or (1,)
+    dense: Sharding
+    experts: Sharding
+    data: dist.ProcessGroup
+    world: dist.ProcessGroup | None = None
 
-
-@dataclass
-class Bucket:
-    places: list[Place]
-    dtype: torch.dtype
-    width: int
-    gradients: Tensor  # [S, width] fp32
+    def of(self, parameter: torch.nn.Parameter) -> Sharding:
+        return self.experts if hasattr(parameter, "ep_group") else self.dense
 
 
 class ZeroOptimizer(HybridParallelZeroOptimizer):
@@ -52,15 +47,17 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
 
     - Gradients are summed and accumulated over micro-batches in the working dtype (bf16): here in fp32, from a hook
       that takes each gradient as soon as it is made, so that no second full set of gradients exists.
-    - Host work grows with parameters × ranks, one view and copy a slice: here one strided copy a parameter.
-    - ``low_level_optim.py`` averages over ranks; the engine weights the loss by the global token count: here a sum.
-    - The gradient norm is computed after the step has begun and differs from rank to rank with experts: here
-      ``gradient_norm`` comes first, from each element once, the same number on every rank.
+    - Host work grows with parameters × ranks, one view and copy a slice: here one strided copy a piece.
+    - ``low_level_optim.py`` averages over ranks, and experts over too few of them: here a sum, since the engine weights
+      the loss by the global token count, and an expert has seen the tokens of its whole group.
+    - The gradient norm adds the norms of dense and expert parameters, and differs from rank to rank: here
+      ``gradient_norm`` squares each element once, the same number on every rank.
     - All parameters must share one dtype ("device is required" on CPU besides): here a bucket has one dtype, and an
       fp32 parameter of a bf16 model stays fp32.
     - A master copy is made of fp32 parameters too: here their master is a view of the parameter.
     - A parameter that gets a gradient on some ranks only makes ranks reduce different buckets and hang: here every
       bucket is reduced, and ranks agree on which parameters take part in the step.
+    - Only flat slices reach the optimizer: here a matrix that Muon orthogonalises goes whole to one rank.
     """
 
     def __init__(
@@ -70,25 +67,24 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
         *,
         param_info: dict[str, Any],
         names: dict[int, str],
-        shard_group: dist.ProcessGroup,
-        dp_group: dist.ProcessGroup,
+        groups: Groups,
         bucket_elements: int,
     ) -> None:
+        self._groups, self._names, self._bucket_elements = groups, names, bucket_elements
+        self._config = getattr(getattr(model, "module", model), "config", None)
+        self.buckets: list[Bucket] = []
         super().__init__(
             optimizer,
             model,
             use_pipeline=False,
             param_info=param_info,
-            dp_process_group=shard_group,
+            dp_process_group=groups.data,
             overlap_communication=False,
             clip_grad_norm=0.0,
         )
-        self.shard_group, self.dp_group = shard_group, dp_group
-        self.shards, self.shard = dist.get_world_size(shard_group), dist.get_rank(shard_group)
-        self.dp = dist.get_world_size(dp_group)
-        self.buckets: list[Bucket] = []
-        self._fill_buckets(names, bucket_elements)
         self.places = [place for bucket in self.buckets for place in bucket.places]
+        for index, place in enumerate(self.places):
+            place.index = index
         self._by_name = {place.name: place for place in self.places}
         self._touched: Tensor = torch.zeros(len(self.places), device=self.buckets[0].gradients.device)
         self._local_touched = [False] * len(self.places)
@@ -104,90 +100,57 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
         """Answers "device is required" and the demand for one dtype."""
 
     def _create_master_param_current_rank(self, param_list: list[torch.nn.Parameter]) -> list[Tensor]:
-        shards, shard = dist.get_world_size(self._dp_of(param_list)), dist.get_rank(self._dp_of(param_list))
-        masters = []
-        for param in param_list:
-            padding = -param.numel() % shards
-            self.record_param_padding_size(param, padding)
-            padded = param.data.reshape(-1)
-            if padding:
-                padded = torch.nn.functional.pad(padded, (0, padding))
-            param.data = padded[: param.numel()].view(param.shape)
-            self._working_param_to_padded_working_param[param] = padded
-            own = padded.view(shards, -1)[shard].detach()
-            master = own if own.dtype == torch.float32 else own.float()
-            self.link_master_and_working_param(master, param)
-            masters.append(master)
-        return masters
-
-    def _dp_of(self, param_list: list[torch.nn.Parameter]) -> dist.ProcessGroup:
-        return self.param_to_pg[param_list[0]]
-
-    def _fill_buckets(self, names: dict[int, str], bucket_elements: int) -> None:
-        places: list[Place] = []
-        key, width, index = None, 0, 0
-
-        def close() -> None:
-            if places:
-                buffer = torch.zeros(self.shards, width, dtype=torch.float32, device=places[0].working.device)
-                self.buckets.append(Bucket(list(places), places[0].working.dtype, width, buffer))
-                places.clear()
-
-        for group, params in self._working_param_groups.items():
-            for param in params:
-                own = -(-param.numel() // self.shards)
-                if key != (group, param.dtype) or (width + own) * self.shards > bucket_elements:
-                    close()
-                    key, width = (group, param.dtype), 0
-                master = self.working_to_master_param[id(param)]
-                places.append(Place(names[id(param)], index, param, master, group, width, own))
-                width, index = width + own, index + 1
-        close()
+        """The masters of one optimizer group: this rank's pieces of its parameters, in the order of the buckets."""
+        group = next(g for g in self.optim.param_groups if g["params"] and g["params"][0] is param_list[0])
+        filled = fill_buckets(
+            [(self._names[id(p)], p, self._groups.of(p)) for p in param_list],
+            whole_matrices=group.get("algorithm") == "muon",
+            bucket_elements=self._bucket_elements,
+            config=self._config,
+        )
+        self.buckets += filled
+        return [master for bucket in filled for place in bucket.places for master in place.masters]
 
     # -- gradients ----------------------------------------------------------------------------------------------------
 
     def _collector(self, bucket: Bucket, place: Place):
         """A hook that adds a fresh gradient into the bucket in fp32 and lets go of it."""
-        whole, rest = divmod(place.working.numel(), place.width)
-        stop = place.start + place.width
 
         def collect(param: torch.nn.Parameter) -> None:
-            flat = param.grad.reshape(-1)
-            bucket.gradients[:whole, place.start : stop].add_(
-                flat[: whole * place.width].view(whole, place.width)
-            )
-            if rest:
-                bucket.gradients[whole, place.start : place.start + rest].add_(flat[whole * place.width :])
+            place.add(bucket.gradients, param.grad.reshape(-1))
             param.grad = None
             self._local_touched[place.index] = True
 
         return collect
 
     def _sync_grad(self) -> None:
-        """Sum every bucket over the data-parallel ranks, in fp32; called at the end of the last micro-batch."""
-        if self.dp == 1:
-            return
+        """Sum every bucket over the ranks that share it, in fp32; called at the end of the last micro-batch."""
         for bucket in self.buckets:
-            if self.shards == self.dp and dist.get_backend(self.dp_group) != "gloo":
+            sharding = bucket.sharding
+            if sharding.ranks == 1:
+                continue
+            if sharding.shards == sharding.ranks and dist.get_backend(sharding.reduce_group) != "gloo":
                 own = torch.empty_like(bucket.gradients[0])
-                _reduce_scatter(own, bucket.gradients.view(-1), group=self.dp_group)
-                bucket.gradients[self.shard].copy_(own)
+                _reduce_scatter(own, bucket.gradients.view(-1), group=sharding.reduce_group)
+                bucket.own_gradients.copy_(own)
             else:  # gloo reduces and scatters no faster than it reduces
-                dist.all_reduce(bucket.gradients, group=self.dp_group)
+                dist.all_reduce(bucket.gradients, group=sharding.reduce_group)
 
     def gradient_norm(self, bad: bool = False) -> float:
         """Global L2 norm of the summed gradient, each element once; NaN on every rank if ``bad`` on any.
 
-        One small all-reduce, which also settles which parameters have a gradient on some rank.
+        Small all-reduces, which also settle which parameters have a gradient on some rank.
         """
         device = self._touched.device
-        rows = [bucket.gradients[self.shard] for bucket in self.buckets]
-        squares = torch.stack(torch._foreach_norm(rows)).square().sum() / (self.dp // self.shards)
+        norms = torch._foreach_norm([bucket.own_gradients for bucket in self.buckets])
+        shares = [bucket.sharding.ranks / bucket.sharding.shards for bucket in self.buckets]
+        squares = (torch.stack(norms).square() / torch.tensor(shares, device=device)).sum()
+        verdict = torch.stack([squares, torch.tensor(float(bad), device=device)])
+        dist.all_reduce(verdict, group=self._groups.world)
         touched = torch.tensor(self._local_touched, dtype=torch.float32, device=device)
-        verdict = torch.cat([squares.view(1), torch.tensor([float(bad)], device=device), touched])
-        dist.all_reduce(verdict, group=self.dp_group)
-        self._touched = verdict[2:].cpu()
-        total, any_bad = verdict[:2].tolist()
+        dist.all_reduce(touched, group=self._groups.data)
+        self._touched = touched.cpu()
+        total, any_bad = verdict.tolist()
         return float("nan") if any_bad else total**0.5
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -207,92 +170,109 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
         """
         takes_part = self._touched.tolist()
         for bucket in self.buckets:
-            row = bucket.gradients[self.shard]
             if scale != 1.0:
-                row.mul_(scale)
+                bucket.own_gradients.mul_(scale)
             for place in bucket.places:
-                place.master.grad = (
-                    row[place.start : place.start + place.width] if takes_part[place.index] else None
-                )
+                for master, gradient in zip(place.masters, place.own_columns(bucket.own_gradients)):
+                    master.grad = gradient if takes_part[place.index] else None
         self.optim.step()
         for place in self.places:
-            place.master.grad = None
+            for master in place.masters:
+                master.grad = None
         self.refresh_working()
 
     @torch.no_grad()
     def refresh_working(self) -> None:
         """Write the masters of all ranks into the working parameters, rounded to their dtype."""
         for bucket in self.buckets:
-            for place, whole in self._gathered(bucket, [p.master for p in bucket.places], bucket.dtype):
-                if whole.data_ptr() != place.working.data_ptr():
-                    place.working.copy_(whole.view(place.working.shape))
+            sources = [place.masters for place in bucket.places]
+            if bucket.sharding.shards == 1 and bucket.dtype == torch.float32:
+                continue  # the masters are the parameters
+            for place, rows in self._gathered(bucket, sources, bucket.dtype):
+                place.fill(place.working.data.view(-1), rows)
 
     def _gathered(
-        self, bucket: Bucket, slices: list[Tensor], dtype: torch.dtype
+        self, bucket: Bucket, sources: list[list[Tensor]], dtype: torch.dtype
     ) -> Iterator[tuple[Place, Tensor]]:
-        """Whole tensors, in the shape of the parameters, from every rank's slices of one bucket."""
-        if self.shards == 1:
-            for place, own in zip(bucket.places, slices, strict=True):
-                yield place, own.to(dtype)[: place.working.numel()].view(place.shape)
-            return
-        own = torch.cat(slices).to(dtype)
-        rows = torch.empty(self.shards, bucket.width, dtype=dtype, device=own.device)
-        _all_gather(rows.view(-1), own, group=self.shard_group)
+        """Each place with the rows ``[S, width]`` of all ranks, filled from every rank's pieces of one bucket."""
+        own = bucket.gradients.new_zeros(bucket.width, dtype=dtype)
+        for place, pieces in zip(bucket.places, sources, strict=True):
+            for columns, source in zip(place.own_columns(own), pieces, strict=True):
+                columns.copy_(source)
+        if bucket.sharding.shards == 1:
+            rows = own[None]
+        else:
+            rows = own.new_empty(bucket.sharding.shards, bucket.width)
+            _all_gather(rows.view(-1), own, group=bucket.sharding.shard_group)
         for place in bucket.places:
-            columns = rows[:, place.start : place.start + place.width]
-            yield place, columns.reshape(-1)[: place.working.numel()].view(place.shape)
+            yield place, rows
 
     # -- state by global name -----------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def named_state(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """Master and optimizer state of each parameter, whole, by name: each on one rank, its owner.
+    def named_state(self) -> Iterator[tuple[str, Rows, dict[str, Tensor]]]:
+        """Master and optimizer state of each parameter by name, with the rows of it that this rank holds.
 
-        Every rank must run through the iterator, since each bucket is gathered. Tensor states come in the parameter's
-        shape, scalar ones (AdamW's ``step``) as they are; a parameter never stepped has its master only.
+        Each comes from one rank, its owner; every rank must run through the iterator, since each bucket is gathered.
+        Tensor states come in the shape of those rows, scalar ones (AdamW's ``step``) as they are; a parameter never
+        stepped has its master only.
         """
-        rank = dist.get_rank(self.dp_group)
         for bucket in self.buckets:
-            states = [self.optim.state.get(place.master, {}) for place in bucket.places]
-            keys = sorted({key for state in states for key, value in state.items() if _is_sliced(value)})
-            mine = [place.index % self.dp == rank for place in bucket.places]
+            sharding = bucket.sharding
+            states = [[self.optim.state.get(m, {}) for m in place.masters] for place in bucket.places]
+            sliced = {k for pieces in states for s in pieces for k, v in s.items() if _is_sliced(v)}
+            scalars = [{k: v for s in pieces for k, v in s.items() if not _is_sliced(v)} for pieces in states]
+            # A rank may hold no piece of a parameter, so what there is to gather is agreed on.
+            known = _agreed([sorted(sliced), scalars], sharding)
+            keys = sorted({key for part, _ in known for key in part})
+            merged = [
+                {k: v for _, part in known for k, v in part[i].items()} for i in range(len(bucket.places))
+            ]
+            stepped = _agreed([any(pieces) for pieces in states], sharding)
             found: list[dict[str, Tensor]] = [{} for _ in bucket.places]
             for key in ("master", *keys):
-                slices = [
-                    place.master if key == "master" else state.get(key, torch.zeros_like(place.master))
-                    for place, state in zip(bucket.places, states, strict=True)
+                sources = [
+                    [m if key == "master" else s.get(key, torch.zeros_like(m)) for m, s in zip(p.masters, st)]
+                    for p, st in zip(bucket.places, states, strict=True)
                 ]
-                for i, (_, whole) in enumerate(self._gathered(bucket, slices, torch.float32)):
-                    if mine[i] and (key == "master" or states[i]):
-                        found[i][key] = whole
-            for place, state, own, tensors in zip(bucket.places, states, mine, found, strict=True):
-                if own:
-                    yield place.name, tensors | {k: v for k, v in state.items() if not _is_sliced(v)}
+                for i, (place, rows) in enumerate(self._gathered(bucket, sources, torch.float32)):
+                    owner = place.index % sharding.ranks == sharding.rank
+                    if owner and (key == "master" or any(part[i] for part in stepped)):
+                        whole = rows.new_empty(place.working.numel())
+                        place.fill(whole, rows)
+                        found[i][key] = whole.view(place.shape)
+            for place, tensors, scalar in zip(bucket.places, found, merged, strict=True):
+                if tensors:
+                    yield place.name, place.rows, tensors | scalar
 
     @property
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each trained parameter's state, by name."""
-        return {place.name: place.shape for place in self.places}
+    def places_by_name(self) -> dict[str, Place]:
+        """Where each trained parameter of this rank lives."""
+        return self._by_name
 
     @torch.no_grad()
     def load_named_state(self, name: str, state: dict[str, Tensor]) -> None:
-        """Take this rank's slices of what ``named_state`` gave for a parameter, at any number of ranks.
+        """Take this rank's pieces of a parameter's state, given in the shape of the rows that this rank holds.
 
         ``refresh_working`` must follow the last one.
         """
         place = self._by_name[name]
-        kept = {}
-        for key, value in state.items():
-            if value.ndim == 0:
-                kept[key] = value.clone()
-                continue
-            padded = torch.nn.functional.pad(
-                value.reshape(-1), (0, place.width * self.shards - value.numel())
-            )
-            kept[key] = padded.view(self.shards, place.width)[self.shard].to(place.master.device, copy=True)
-        place.master.copy_(kept.pop("master"))
-        if kept:
-            self.optim.state[place.master] = kept
+        sliced = {key: place.own_of(value) for key, value in state.items() if value.ndim}
+        for i, master in enumerate(place.masters):
+            kept = {key: pieces[i].to(master.device, copy=True) for key, pieces in sliced.items()}
+            master.copy_(kept.pop("master"))
+            kept |= {key: value.clone() for key, value in state.items() if not value.ndim}
+            if kept:
+                self.optim.state[master] = kept
+
+
+def _agreed(value: Any, sharding: Sharding) -> list[Any]:
+    """One small Python value from each rank that holds pieces of the same parameters."""
+    if sharding.shards == 1:
+        return [value]
+    found: list[Any] = [None] * sharding.shards
+    dist.all_gather_object(found, value, group=sharding.shard_group)
+    return found
 
 
 def _is_sliced(value: Any) -> bool:

@@ -184,16 +184,10 @@ def save_pretrained(
             dtype is not None and tensor.is_floating_point() and not name.endswith("e_score_correction_bias")
         )
         tensors[name] = tensor.detach().to("cpu", dtype if cast else None).contiguous()
-    tree = config.to_dict() | {"architectures": config.architectures or ["DeepseekV4ForCausalLM"]}
-    tree["dtype"] = str(next(t.dtype for n, t in tensors.items() if n.endswith("weight"))).removeprefix(
-        "torch."
-    )
     parts = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     try:
         _write_shards(tensors, parts)
-        (parts / "config.json").write_text(
-            json.dumps(tree, indent=2, sort_keys=True) + "\n", encoding="utf-8"
-        )
+        write_config(config, next(t.dtype for n, t in tensors.items() if n.endswith("weight")), parts)
         parts.chmod(0o755)
         if out.exists():
             out.rmdir()
@@ -202,6 +196,14 @@ def save_pretrained(
         shutil.rmtree(parts, ignore_errors=True)
         raise
     return out
+
+
+def write_config(config: Any, dtype: torch.dtype, folder: Path) -> None:
+    """``config.json`` beside weights of this dtype, as ``from_pretrained`` expects it."""
+    tree = config.to_dict() | {"architectures": config.architectures or ["DeepseekV4ForCausalLM"]}
+    tree["dtype"] = str(dtype).removeprefix("torch.")
+    text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
 
 
 def describe(source: str, document_length: int = 4096) -> dict[str, Any]:

@@ -4,12 +4,13 @@ ways.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from lab_utils.data.rows import PackedRows
-from lab_utils.engine.parts import Parts, Telemetry
+from lab_utils.engine.parts import Parts, Telemetry, write_pretrained
 from lab_utils.models.load import load_model, save_pretrained
 from lab_utils.objectives.sft import Sft
 from lab_utils.telemetry.jsonl import JsonlSink
@@ -125,7 +126,7 @@ def builder(number: int, per_row: int, longest: int) -> Any:
             model=model,
             train=DocumentRows(number, per_row, longest, 97, rank, world),
             objective=Sft(),
-            write_model=lambda folder: save_pretrained(model, model.config, folder),
+            write_model=partial(write_pretrained, model),
             telemetry=Telemetry(MultiSink([JsonlSink()] if rank == 0 else [])),
         )
 

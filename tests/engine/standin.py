@@ -166,7 +166,7 @@ def make_parts(
     if source:
         model.load_state_dict(load_file(Path(source) / "model.safetensors"))
 
-    def write_model(folder: Path) -> None:
+    def write_model(folder: Path, *, tensors: bool) -> None:
         save_file(
             {k: v.detach().clone() for k, v in model.state_dict().items()}, folder / "model.safetensors"
         )

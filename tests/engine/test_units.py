@@ -15,6 +15,7 @@ import torch
 from lab_utils.engine import checkpoint
 from lab_utils.engine.audit import compare
 from lab_utils.engine.control import Stop, StopRequests
+from lab_utils.engine.rows import Rows
 from lab_utils.errors import CheckpointError
 
 
@@ -72,13 +73,16 @@ def test_audit_refuses_another_model() -> None:
         compare({"a": torch.ones(1)}, {"a": torch.ones(1), "b": torch.ones(1)}, {"a"})
 
 
+WHOLE = Rows(0, 2, 2)
+
+
 def write(root: Path, step: int, **options: int) -> Path:
     root.mkdir(exist_ok=True)
     return checkpoint.save(
         root,
         step,
-        write_model=lambda folder: (folder / "model.safetensors").write_bytes(b"weights"),
-        optimizer_state=iter([("w", {"master": torch.ones(2, 2), "step": torch.tensor(3.0)})]),
+        write_model=lambda folder, tensors: (folder / "model.safetensors").write_bytes(b"weights"),
+        optimizer_state=iter([("w", WHOLE, {"master": torch.ones(2, 2), "step": torch.tensor(3.0)})]),
         state={"step": step},
         rank=0,
         keep_last=options.get("keep_last", 3),
@@ -91,8 +95,9 @@ def test_a_checkpoint_lists_every_file_with_its_hash(tmp_path: Path) -> None:
     on_disk = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
     assert on_disk == {*manifest, "MANIFEST.json", "COMPLETE"}
     assert checkpoint.problems(path) == []
-    name, state = next(checkpoint.optimizer_state(path))
-    assert name == "w" and state["master"].shape == (2, 2) and state["step"].shape == ()
+    files = checkpoint.OptimizerFiles(path)
+    state = files.read("w")
+    assert files.names() == ["w"] and state["master"].shape == (2, 2) and state["step"].shape == ()
 
 
 @pytest.mark.parametrize("fault", ["cut", "altered", "gone", "no manifest", "empty manifest"])
@@ -126,7 +131,7 @@ def test_an_unfinished_checkpoint_is_none(tmp_path: Path) -> None:
 def test_a_failed_write_leaves_the_older_ones(tmp_path: Path) -> None:
     write(tmp_path / "c", 1, keep_last=1)
 
-    def fails(folder: Path) -> None:
+    def fails(folder: Path, tensors: bool) -> None:
         raise OSError(28, "No space left on device")
 
     with pytest.raises(CheckpointError, match=r"No space left on device.*make room"):
@@ -138,9 +143,12 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "c", 1)
-    for shapes, text in (({"w": (3,)}, "'w' of shape"), ({"w": (2, 2), "v": (1,)}, "parameter 'v'")):
+    cases = (({"w": (3, 3)}, "rows from 2 on of 'w'"), ({"w": (2, 1)}, "'w' of shape"))
+    cases += (({"w": (2, 2), "v": (1,)}, "parameter 'v'"), ({}, "parameter 'w'.*is not in this model"))
+    for shapes, text in cases:
+        places = {k: SimpleNamespace(shape=v, rows=Rows(0, v[0], v[0])) for k, v in shapes.items()}
         optimizer = SimpleNamespace(
-            shapes=shapes, load_named_state=lambda *_: None, refresh_working=lambda: None
+            places_by_name=places, load_named_state=lambda *_: None, refresh_working=lambda: None
         )
         with pytest.raises(CheckpointError, match=text):
             checkpoint.load_optimizer(path, optimizer)

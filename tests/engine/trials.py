@@ -77,7 +77,10 @@ def weights(engine: Engine) -> dict[str, torch.Tensor]:
 
 def masters(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """Masters and moments of all parameters, on every rank."""
-    own = {name: {k: v.clone() for k, v in state.items()} for name, state in engine.optimizer.named_state()}
+    own = {
+        name if rows.whole else f"{name}[{rows.start}]": {k: v.clone() for k, v in state.items()}
+        for name, rows, state in engine.optimizer.named_state()
+    }
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, own)
     return {k: v for part in found for k, v in part.items()}

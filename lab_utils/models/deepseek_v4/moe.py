@@ -5,11 +5,14 @@ Legend: B rows, T tokens, N = B·T, D model, E experts, F expert width, k expert
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from lab_utils.models.deepseek_v4.expert_parallel import exchange_experts
 from lab_utils.models.deepseek_v4.layers import Context, linear, operator
 
 
@@ -54,8 +57,14 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(E, 2 * width, D))
         self.down_proj = nn.Parameter(torch.empty(E, D, width))
         self.limit = config.swiglu_limit
+        self.group: Any = (
+            None  # of expert parallelism, set by the policy; the weights are then this rank's share
+        )
 
     def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        if self.group is not None:
+            weights = (self.gate_up_proj, self.down_proj)
+            return exchange_experts(x_ND, experts_Nk, weights_Nk, *weights, self.limit, self.group)
         run = operator("grouped_swiglu", x_ND)
         return run(x_ND, experts_Nk, weights_Nk, self.gate_up_proj, self.down_proj, self.limit)
 
