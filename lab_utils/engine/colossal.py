@@ -148,8 +148,8 @@ class LayoutPlugin(MoeHybridParallelPlugin):
     - Defect: ``precision="bf16"`` casts *all* parameters, buffers and float inputs of forward (the router's weight and
       bias, sinks, loss weights). The model comes with the dtypes it wants; the wrapper is told "fp32", which casts
       nothing.
-    - Defect: ZeRO refuses fp32, and stage 0 goes through DDP, which hangs on a parameter without a gradient, and refuses
-      experts. Both stages use ``ZeroOptimizer``: stage 0 is one shard and a gradient sum over the ranks.
+    - Defect: ZeRO refuses fp32, and stage 0 goes through DDP, which refuses experts and hangs on a parameter without a
+      gradient. Both stages use ``ZeroOptimizer``: stage 0 is one shard and a gradient sum over the ranks.
     - Defect: ``max_norm`` clips by a norm that is wrong with experts or an empty group: it stays 0, the engine clips.
     - Defect: a model without experts is refused ("No parameters found in moe_dp_group"): here it has none to cut.
 

@@ -22,6 +22,7 @@ from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
 from lab_utils.engine.parts import Parts, build_parts
 from lab_utils.engine.reduce import all_reduce, gather_objects, over_ranks
+from lab_utils.engine.sharded_model import ShardedFiles
 from lab_utils.engine.window import Window
 from lab_utils.errors import RunError
 from lab_utils.optim.schedules import learning_rate

@@ -1,7 +1,7 @@
 """ZeRO-1 on flat fp32 gradient buffers: ColossalAI's optimizer with its sums, norm and step put right.
 
-Imported by ``colossal.py`` after ColossalAI itself. How parameters are cut and where the pieces lie is ``placement.py``;
-here gradients are gathered, summed, measured, applied, and states go in and out by global name.
+Imported by ``colossal.py`` after ColossalAI itself. How parameters are cut, and where the pieces lie, is
+``placement.py``; here gradients are gathered, summed, measured, applied, and states go in and out by global name.
 """
 
 from __future__ import annotations

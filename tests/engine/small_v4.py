@@ -53,8 +53,25 @@ def write_source(folder: Any, **changes: Any) -> str:
 
     model = DeepseekV4(small_config(**changes))
     initialize(model, 5)
+    part_streams(model)
     save_pretrained(model, model.config, folder)
     return str(folder)
+
+
+@torch.no_grad()
+def part_streams(model: torch.nn.Module) -> None:
+    """Biases of the hyper-connections, sinks and places apart from zero.
+
+    At zero the four streams are the same and mixing them changes nothing: the gradients of mixing are rounding errors,
+    which Adam makes as large as any other, and no two sums of them agree.
+    """
+    g = torch.Generator().manual_seed(7)
+    for name, parameter in model.named_parameters():
+        leaf = name.rpartition(".")[2]
+        if leaf in ("base", "hc_base", "sinks", "position_bias"):
+            parameter.add_(torch.randn(parameter.shape, generator=g))
+        elif leaf in ("scale", "hc_scale"):
+            parameter.fill_(1.0)
 
 
 def documents(step: int, number: int, vocab: int, longest: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

@@ -21,6 +21,7 @@ from standin import RowLoader, TinyModel, dense_logprob, make_parts
 
 from lab_utils.accelerators import get_accelerator
 from lab_utils.engine import colossal
+from lab_utils.engine.checkpoint import OptimizerFiles
 from lab_utils.engine.engine import Engine
 from lab_utils.errors import LabError
 from lab_utils.models.load import load_model
@@ -499,6 +500,35 @@ def v4_in_bf16_with_checkpointing(folder: Path) -> Any:
         engine = run(folder / name, v4_recipe(folder, 5, 4, 48, **changes), build=builder(8, 2, 24))
         result[name] = losses(folder / name)
         result[name + "_dtypes"] = sorted({str(p.dtype) for p in engine.parts.model.state_dict().values()})
+    return result
+
+
+@trial
+def experts_over_ranks(folder: Path) -> Any:
+    """The same run with the experts whole on every rank, and spread over two ranks, then over all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    world = dist.get_world_size()
+    result: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+    for ep in (1, 2, world):
+        spec = v4_recipe(folder, 20, 4, 48, {"num_experts_per_tok": 2}, **{"parallel.ep": ep})
+        engine = run(folder / f"ep{ep}", spec, build=builder(8, 2, 24))
+        state = {
+            name: tensors["master"]
+            for path in [folder / f"ep{ep}" / "checkpoints" / "step-000020"]
+            for files in [OptimizerFiles(path)]
+            for name in files.names()
+            for tensors in [files.read(name)]
+        }
+        if ep == 1:
+            expected = {"losses": losses(folder / "ep1"), "state": state}
+        result[f"ep{ep}"] = {
+            "loss": worst(losses(folder / f"ep{ep}"), expected["losses"]),
+            "parameters": max(
+                float((state[k] - v).norm() / v.norm().clamp(min=1e-12)) for k, v in expected["state"].items()
+            ),
+            "experts_held": engine.parts.model.model.layers[0].mlp.experts.gate_up_proj.shape[0],
+        }
     return result
 
 

@@ -1,9 +1,9 @@
 """Experts over the ranks of a group: tokens go to the ranks that hold their experts, and come back.
 
 A rank holds a run of E / ep experts. Its tokens are sorted by expert, sent by an uneven all-to-all, computed as grouped
-products and sent back, where the sum over a token's k experts is a gather. The host waits once a layer, for the sizes of
-the all-to-all. The router's weights travel with the tokens and multiply inside the expert, so that their gradient needs
-no output of another rank. Every expert takes part in the backward pass, with a zero gradient where no token came.
+products and sent back, where the sum over a token's k experts is a gather. The host waits once a layer, for the sizes
+of the all-to-all. The router's weights travel with the tokens and multiply inside the expert, so that their gradient
+needs no output of another rank. Every expert takes part in the backward pass, with a zero gradient where no token came.
 
 Gradients need no factor: the engine sums them over ranks, and an expert here has seen the tokens of its whole group.
 
