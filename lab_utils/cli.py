@@ -20,6 +20,7 @@ VERBS = {
     "recipe": ("lab_utils.recipes._commands", "app"),
     "data": ("lab_utils.data.commands", "app"),
     "model": ("lab_utils.models.commands", "app"),
+    "convert": ("lab_utils.models.convert_command", "convert"),
     "audit": ("lab_utils.engine.commands", "audit"),
     "export": ("lab_utils.engine.commands", "export"),
     "eval": ("lab_utils.evaluation.commands", "evaluate"),

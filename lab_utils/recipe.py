@@ -40,12 +40,31 @@ class ModelSection(Section):
     dtype: Literal["float32", "bfloat16"] = Field(
         "float32", description="Working precision; bfloat16 keeps fp32 master weights in the optimizer."
     )
-    checkpointing: Literal["none", "full"] = Field(
+    checkpointing: Literal["none", "mhc", "attention", "full"] = Field(
         "none",
-        description="Activation checkpointing: recompute each layer in the backward pass to save memory.",
+        description="Activations made again in the backward pass to save memory: the hyper-connections' streams (mhc), "
+        "attention, or whole layers (full).",
     )
     indexer_loss: float = Field(
         0.01, ge=0, description="Weight of the KL loss that trains the lightning indexer (V4 only)."
+    )
+    indexer_phase: Literal["sparse", "warmup"] = Field(
+        "sparse",
+        description="warmup: dense attention, and nothing but the indexer learns, before it may select (V4 only).",
+    )
+    mtp_loss: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of multi-token prediction (V4 only; V4 used 0.3, then 0.1); 0 leaves its block out of the "
+        "model and of what is saved.",
+    )
+    balance_loss: float = Field(
+        0.0, ge=0, description="Weight of the experts' sequence-wise balance loss (V4 only; V4 used 1e-4)."
+    )
+    balance_rate: float = Field(
+        0.0,
+        ge=0,
+        description="Step of the routers' balance bias (V4 only; 0.001 in pre-training); 0 keeps a trained model's.",
     )
     tokenizer: str | None = Field(
         None,
@@ -55,6 +74,15 @@ class ModelSection(Section):
         None,
         description="A checkpoint's encoding/ folder with the official fixed texts; absent: the shipped wording.",
     )
+
+    @model_validator(mode="after")
+    def _warmup_trains_the_indexer(self) -> ModelSection:
+        if self.indexer_phase == "warmup" and not self.indexer_loss:
+            raise ValueError(
+                "model.indexer_phase is warmup, in which nothing but the indexer learns, and model.indexer_loss is 0: "
+                "give it a weight, as 0.01"
+            )
+        return self
 
 
 class DataSource(Section):
@@ -78,14 +106,31 @@ class SftObjective(Section):
 
 
 class OptimSection(Section):
-    kind: Literal["adamw"] = "adamw"
-    lr: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    kind: Literal["adamw", "muon"] = Field(
+        "adamw",
+        description="muon: matrices but embedding and head by Muon, the rest by AdamW; adamw: everything by AdamW.",
+    )
+    lr: float = Field(1e-3, gt=0, description="Peak learning rate, of Muon and AdamW alike.")
     betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's β₁ and β₂.")
     eps: float = Field(1e-8, gt=0, description="AdamW's ε.")
+    momentum: float = Field(0.95, ge=0, lt=1, description="Muon's momentum factor μ (Nesterov).")
+    update_rms: float = Field(
+        0.18, gt=0, description="Muon: RMS of an update before the learning rate (γ of the V4 report)."
+    )
     weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay, on matrices only.")
     clip_norm: float = Field(
         1.0, ge=0, description="Largest global L2 norm of the gradient; 0 = no clipping."
     )
+
+    @model_validator(mode="after")
+    def _muon_fields_need_muon(self) -> OptimSection:
+        for name in ("momentum", "update_rms"):
+            if self.kind == "adamw" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"optim.{name} is Muon's and would change nothing under optim.kind=adamw: "
+                    f"set optim.kind=muon, or leave {name} out"
+                )
+        return self
 
 
 class ParallelSection(Section):
@@ -93,8 +138,15 @@ class ParallelSection(Section):
     ep: int = Field(
         1, ge=1, description="Expert-parallel degree, a divisor of dp: so many ranks share a layer's experts."
     )
+    pp: int = Field(1, ge=1, description="Pipeline stages; the batch of a rank goes through them in micro-batches.")
+    virtual_stages: int = Field(
+        1, ge=1, description="Runs of layers that each pipeline rank holds (interleaved schedule); 1 = 1F1B."
+    )
     zero: Literal[0, 1] = Field(
         1, description="ZeRO stage: 1 shards optimizer state and master weights over dp."
+    )
+    offload: bool = Field(
+        False, description="Keep master weights and optimizer state in host memory, and update them there."
     )
 
 
@@ -250,15 +302,28 @@ class Recipe(Section):
             LayoutError: ranks, batch and rows do not divide; the message names the knob.
         """
         world = self.cluster.nproc if world_size is None else world_size
-        dp, rows, T = self.parallel.dp or world, self.rows_per_step, self.data.row_tokens
+        parallel, rows, T = self.parallel, self.rows_per_step, self.data.row_tokens
+        if world % parallel.pp:
+            raise LayoutError(
+                f"parallel.pp={parallel.pp} does not divide {world} ranks: set it to a divisor of {world}, or change "
+                f"cluster.nproc."
+            )
+        if parallel.virtual_stages > 1 and parallel.pp == 1:
+            raise LayoutError(
+                f"parallel.virtual_stages={parallel.virtual_stages} needs a pipeline: set parallel.pp to 2 or more, or "
+                f"virtual_stages to 1."
+            )
+        dp = parallel.dp or world // parallel.pp
         if self.schedule.batch_tokens % T or rows == 0:
             raise LayoutError(
                 f"schedule.batch_tokens={self.schedule.batch_tokens} is not a multiple of data.row_tokens={T}: "
                 f"use {max(1, round(self.schedule.batch_tokens / T)) * T}."
             )
-        if dp != world:
+        if dp * parallel.pp != world:
+            stages = f" of {parallel.pp} stages" if parallel.pp > 1 else ""
             raise LayoutError(
-                f"parallel.dp={dp} does not match {world} ranks: set parallel.dp={world} or cluster.nproc={dp}."
+                f"parallel.dp={dp}{stages} does not match {world} ranks: set parallel.dp={world // parallel.pp} or "
+                f"cluster.nproc={dp * parallel.pp}."
             )
         if dp % self.parallel.ep:
             raise LayoutError(
@@ -270,13 +335,22 @@ class Recipe(Section):
                 f"A batch of {rows} rows ({self.schedule.batch_tokens} tokens) cannot be shared evenly by {dp} ranks: "
                 f"set schedule.batch_tokens to a multiple of {dp * T}, or change cluster.nproc."
             )
-        micro = self.schedule.micro_rows or rows // dp
+        # A pipeline wants many micro-batches, one row each where nothing is said; else one pass is the fastest.
+        micro = self.schedule.micro_rows or (1 if parallel.pp > 1 else rows // dp)
         if (rows // dp) % micro:
             raise LayoutError(
                 f"schedule.micro_rows={micro} does not divide the {rows // dp} rows of a rank: "
                 f"use a divisor of {rows // dp}."
             )
-        return dp, micro, rows // dp // micro
+        passes = rows // dp // micro
+        wanted = parallel.pp
+        if passes < wanted or (parallel.virtual_stages > 1 and passes % wanted):
+            raise LayoutError(
+                f"A pipeline of {wanted} stages needs {'a multiple of ' if parallel.virtual_stages > 1 else 'at least '}"
+                f"{wanted} micro-batches a rank, but {rows // dp} rows in micro-batches of {micro} are {passes}: lower "
+                f"schedule.micro_rows, or raise schedule.batch_tokens to {wanted * micro * dp * T}."
+            )
+        return dp, micro, passes
 
 
 def parse_changes(pairs: list[str]) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+
+
+OWN = ("input_ids", "position_ids", "document_ids", "loss_weights")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,34 @@ class PackedRows:
     def slice(self, start: int, stop: int) -> PackedRows:
         """Rows start … stop - 1."""
         return self._map(lambda tensor: tensor[start:stop])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name, side ones too: how rows travel where only tensors do."""
+        own = {name: getattr(self, name) for name in OWN}
+        return own | {f"side.{name}": tensor for name, tensor in self.side.items()}
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor]) -> PackedRows:
+        side = {
+            name.removeprefix("side."): tensor for name, tensor in tensors.items() if name.startswith("side.")
+        }
+        return cls(**{name: tensors[name] for name in OWN}, side=side)
+
+    @classmethod
+    def joined(cls, parts: list[PackedRows]) -> PackedRows:
+        """The rows of several, one below the other."""
+        tensors = [part.tensors() for part in parts]
+        return cls.from_tensors({name: torch.cat([t[name] for t in tensors]) for name in tensors[0]})
+
+    def with_rows(self, count: int) -> PackedRows:
+        """The same rows, and rows of padding after them up to ``count``."""
+        missing = count - self.rows
+        if missing <= 0:
+            return self
+        padding = self.slice(0, 1)._map(lambda tensor: torch.zeros_like(tensor).expand(missing, *tensor.shape[1:]))
+        ends = torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand(missing, -1)
+        padding = replace(padding, position_ids=ends, document_ids=torch.full_like(ends, -1))
+        return self.joined([self, padding])
 
     def document_lengths(self) -> list[int]:
         """Tokens of each document, row by row."""

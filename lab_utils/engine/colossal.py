@@ -12,7 +12,7 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import ModuleType
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from lab_utils.accelerators import Accelerator
+from lab_utils.recipe import ParallelSection
 
 
 @contextmanager
@@ -143,7 +144,7 @@ class WholeModelPolicy(Policy):
 
 
 class LayoutPlugin(MoeHybridParallelPlugin):
-    """Data and expert parallelism with ZeRO stage 0 or 1 on every device kind.
+    """Data, expert and pipeline parallelism with ZeRO stage 0 or 1 on every device kind.
 
     - Defect: ``precision="bf16"`` casts *all* parameters, buffers and float inputs of forward (the router's weight and
       bias, sinks, loss weights). The model comes with the dtypes it wants; the wrapper is told "fp32", which casts
@@ -151,40 +152,92 @@ class LayoutPlugin(MoeHybridParallelPlugin):
     - Defect: ZeRO refuses fp32, and stage 0 goes through DDP, which refuses experts and hangs on a parameter without a
       gradient. Both stages use ``ZeroOptimizer``: stage 0 is one shard and a gradient sum over the ranks.
     - Defect: ``max_norm`` clips by a norm that is wrong with experts or an empty group: it stays 0, the engine clips.
+    - Defect: ``overlap_p2p`` starts messages of both directions at once; between two stages that are each other's
+      next and previous they meet in another order on either side, and the interleaved schedule hangs: it stays off.
     - Defect: a model without experts is refused ("No parameters found in moe_dp_group"): here it has none to cut.
 
     Attributes:
         dp_rank, dp_size: this rank's place among those that see different tokens.
     """
 
-    def __init__(self, *, ep: int, zero: int, bucket_elements: int) -> None:
+    def __init__(
+        self,
+        *,
+        ep: int,
+        pp: int,
+        virtual_stages: int,
+        micro_rows: int,
+        zero: int,
+        offload: bool,
+        bucket_elements: int,
+    ) -> None:
         super().__init__(
             tp_size=1,
-            pp_size=1,
+            pp_size=pp,
             ep_size=ep,
+            pp_style="interleaved" if virtual_stages > 1 else "1f1b",
+            num_model_chunks=virtual_stages,
+            microbatch_size=micro_rows,
+            overlap_p2p=False,
             precision="fp32",
             zero_stage=zero,
             max_norm=0.0,
             overlap_communication=False,
         )
-        self.bucket_elements = bucket_elements
+        self.bucket_elements, self.offload = bucket_elements, offload
         self.dp_rank = dist.get_rank(self.dp_group)
+        # Of parameters that the first and the last stage both hold: the ranks of both, None in the stages between.
+        ends = [range(self.moe_dp_size), sorted({0, pp - 1}), range(ep)]
+        axes = [self.moe_dp_axis, self.pp_axis, self.ep_axis]
+        self.ends_group = self.pg_mesh.create_group_along_axis(axes, [list(indices) for indices in ends])
 
     @property
     def cuts_model(self) -> bool:
         """Whether a rank holds less than the whole model."""
-        return self.ep_size > 1
+        return self.ep_size > 1 or self.pp_size > 1
+
+    @property
+    def first_stage(self) -> bool:
+        return self.stage_manager is None or self.stage_manager.is_first_stage(ignore_chunk=True)
+
+    @property
+    def last_stage(self) -> bool:
+        return self.stage_manager is None or self.stage_manager.is_last_stage(ignore_chunk=True)
+
+    def run_pipeline(self, batch: dict[str, Any], model: Any, criterion: Any, optimizer: Any = None) -> None:
+        """One global batch of this rank through the stages; without an optimizer, forward only.
+
+        Defect: a schedule that has run forward only keeps the number of micro-batches and the shapes of that batch, and
+        refuses the next training step: here every batch starts it anew.
+        """
+        schedule = self.scheduler
+        for name in ("num_microbatches", "num_microbatch"):
+            if hasattr(schedule, name):
+                setattr(schedule, name, None)
+        schedule.last_batch_size = None
+        schedule.send_tensor_metadata = schedule.send_grad_metadata = schedule.enable_metadata_cache = True
+        schedule.tensor_metadata_recv = schedule.grad_metadata_recv = None
+        if optimizer is None:
+            schedule.forward_backward_step(model, iter([batch]), criterion)
+        else:
+            self.execute_pipeline(iter([batch]), model, criterion, optimizer, return_loss=False)
 
     def writes(self, tensor: torch.Tensor) -> bool:
         """Whether this rank is the one to save a tensor of its model, among those that hold the same rows of it."""
-        group = self.moe_dp_group if hasattr(tensor, "ep_group") else self.dp_group
-        return dist.get_rank(group) == 0
+        return dist.get_rank(self._groups().of(tensor).reduce_group) == 0
+
+    def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor summed in place over the ranks that see different tokens in the same stage."""
+        if self.dp_size > 1:
+            dist.all_reduce(tensor, group=self.dp_group)
+        return tensor
 
     def supported_devices(self) -> list[str]:
         return ["cpu", "cuda", "npu"]
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
-        param_info = get_param_info(optimizer)
+        """``optimizer``: makes one. Defect: the parent takes an optimizer that was built on the whole model, and freezes
+        what the policy replaces under it; here it is made when the model has been cut and filled."""
         wrapped = HybridParallelModule(
             model,
             precision="fp32",
@@ -197,13 +250,15 @@ class LayoutPlugin(MoeHybridParallelPlugin):
             custom_policy=policy_of(model),
         )
         if optimizer is not None:
+            made = optimizer()
             optimizer = ZeroOptimizer(
-                optimizer,
+                made,
                 wrapped,
-                param_info=param_info,
+                param_info=get_param_info(made),
                 names=global_names(model),
                 groups=self._groups(),
                 bucket_elements=self.bucket_elements,
+                offload=self.offload,
             )
         return wrapped, optimizer, criterion, dataloader, lr_scheduler
 
@@ -212,7 +267,8 @@ class LayoutPlugin(MoeHybridParallelPlugin):
         def sharding(group: dist.ProcessGroup) -> Sharding:
             return Sharding(group, group if self.zero_stage else self.tp_group)
 
-        return Groups(sharding(self.dp_group), sharding(self.moe_dp_group), self.dp_group)
+        ends = sharding(self.ends_group) if self.pp_size > 1 and self.ends_group else sharding(self.dp_group)
+        return Groups(sharding(self.dp_group), sharding(self.moe_dp_group), ends, self.dp_group)
 
     def __del__(self) -> None:
         """Defect: the parent destroys process groups at interpreter exit, when torch is half gone: a TypeError."""
@@ -252,17 +308,25 @@ def start(accelerator: Accelerator, seed: int) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
-def plugin(*, ep: int, zero: int, bucket_elements: int = 12 * 2**20) -> LayoutPlugin:
+def plugin(parallel: ParallelSection, micro_rows: int, bucket_elements: int = 12 * 2**20) -> LayoutPlugin:
     """The layout of this job; made before the model, since a rank's place in it decides what data it reads."""
-    return LayoutPlugin(ep=ep, zero=zero, bucket_elements=bucket_elements)
+    return LayoutPlugin(
+        ep=parallel.ep,
+        pp=parallel.pp,
+        virtual_stages=parallel.virtual_stages,
+        micro_rows=micro_rows,
+        zero=parallel.zero,
+        offload=parallel.offload,
+        bucket_elements=bucket_elements,
+    )
 
 
 def boost(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, layout: LayoutPlugin
+    model: torch.nn.Module, make_optimizer: Callable[[], torch.optim.Optimizer], layout: LayoutPlugin
 ) -> tuple[Booster, torch.nn.Module, ZeroOptimizer]:
-    """Cut and wrap model and optimizer for training: ``(booster, model, optimizer)``."""
+    """Cut, fill and wrap a model for training, and make its optimizer: ``(booster, model, optimizer)``."""
     booster = Booster(plugin=layout)
-    model, optimizer, *_ = booster.boost(model, optimizer)
+    model, optimizer, *_ = booster.boost(model, make_optimizer)
     return booster, model, optimizer
 
 

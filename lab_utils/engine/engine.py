@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,13 +20,14 @@ from lab_utils.engine import checkpoint, colossal
 from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
 from lab_utils.engine.parts import Parts, build_parts
+from lab_utils.engine.passes import Passes, Shares
 from lab_utils.engine.reduce import all_reduce, gather_objects, over_ranks
 from lab_utils.engine.sharded_model import ShardedFiles
 from lab_utils.engine.window import Window
 from lab_utils.errors import RunError
 from lab_utils.optim.schedules import learning_rate
 from lab_utils.recipe import Recipe
-from lab_utils.telemetry.reductions import Mean, Metric, reduce_metrics, to_values
+from lab_utils.telemetry.reductions import Metric, reduce_metrics, to_values
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,7 @@ class Engine:
         self.rank, self.world = colossal.start(self.accelerator, recipe.seed)
         _make_deterministic()
         self.dp, self.micro_rows, self.accumulation = recipe.layout(self.world)
-        parallel = recipe.parallel
-        self.layout = colossal.plugin(ep=parallel.ep, zero=parallel.zero)
+        self.layout = colossal.plugin(recipe.parallel, self.micro_rows)
         self.checkpoints = self.run_dir.path / "checkpoints"
         if self.rank == 0:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -113,9 +112,10 @@ class Engine:
             device=self.device,
             source=source,
         )
-        self.booster, self.model, self.optimizer = colossal.boost(
-            self.parts.model, self.parts.optimizer(recipe.optim), self.layout
+        booster, self.model, self.optimizer = colossal.boost(
+            self.parts.model, lambda: self.parts.optimizer(recipe.optim), self.layout
         )
+        self.passes = Passes(self.parts, booster, self.model, self.optimizer, self.layout)
         self.model.train()
         self.accelerator.seed(recipe.seed * 1_000_003 + self.rank)
         self.clock = StepClock(self.accelerator.synchronize)
@@ -147,72 +147,38 @@ class Engine:
             self.parts.train.load_state_dict(self._before[1])  # as if the batch had not been drawn
             return []
         flops = self.parts.model.flops_per_token
-        self.local_flops = sum(flops(m.document_lengths()) * m.tokens for m in micro if m.tokens)
-        self.local_positions = sum(m.input_ids.numel() for m in micro)
+        # The ranks of a pipeline see the same rows: each counts its share of them.
+        share = 1.0 / self.layout.pp_size
+        self.local_flops = share * sum(flops(m.document_lengths()) * m.tokens for m in micro if m.tokens)
+        self.local_positions = share * sum(m.input_ids.numel() for m in micro)
         return micro
 
     def _settle(self, request: Stop, micro: list[Any]) -> None:
         """One small all-reduce a step: requests to stop, and the counts that the global batch's means are over."""
-        auxiliary = self._auxiliary_counts(micro)
+        auxiliary = self.passes.auxiliary_counts(micro)
         own = [request == Stop.NOW, request == Stop.AFTER_CHECKPOINT]
-        own += [
+        counts = [
             sum(map(self.parts.objective.denominator, micro)),
             sum(m.tokens for m in micro),
             *auxiliary.values(),
         ]
+        # The other stages of a pipeline have the same rows.
+        own += counts if self.layout.first_stage else [0.0] * len(counts)
         now, later, count, tokens, *sums = all_reduce([float(value) for value in own], self.device)
         self.stop = Stop.AFTER_CHECKPOINT if later else Stop.NOW if now else Stop.NO
-        self.loss_count, self.batch_tokens = count or 1.0, tokens or 1.0
-        self.auxiliary_counts = dict(zip(auxiliary, sums, strict=True))
-
-    def _auxiliary_counts(self, micro: list[Any]) -> dict[str, float]:
-        """What this rank's auxiliary losses will be over, by name, where the model can tell before its forward pass."""
-        counts_of = getattr(self.parts.model, "auxiliary_counts", None)
-        if counts_of is None:
-            return {}
-        parts = [counts_of(m.position_ids, m.document_ids) for m in micro]
-        return {name: float(sum(part[name] for part in parts)) for name in sorted(parts[0])}
+        self.shares = Shares(count or 1.0, tokens or 1.0, dict(zip(auxiliary, sums, strict=True)))
 
     def forward_backward(self, micro_batches: list[Any]) -> dict[str, Metric]:
-        """Gradients of the mean loss over the global batch, summed over micro-batches here, over ranks at the end."""
-        found = []
+        """Gradients of the mean loss over the global batch."""
         with self.clock.part("forward_backward"):
-            for i, rows in enumerate(micro_batches):
-                last = i == len(micro_batches) - 1
-                with nullcontext() if last else self.optimizer.no_sync():
-                    loss, metrics = self.loss(rows)
-                    self.booster.backward(loss, self.optimizer)
-                found.append(metrics)
-        return reduce_metrics(found)
-
-    def loss(self, rows: Any) -> tuple[torch.Tensor, dict[str, Metric]]:
-        """This micro-batch's share of the global batch's loss, and its metrics.
-
-        An auxiliary loss is a mean over its own count. A model without ``auxiliary_counts`` cannot say what that will
-        be in micro-batches to come: then it is taken to be proportional to their tokens.
-        """
-        output = self.model(rows.input_ids, rows.position_ids, rows.document_ids)
-        result = self.parts.objective(output.hidden_BTD, self.parts.model.head_weight, rows)
-        loss = result.loss.total / self.loss_count
-        metrics = {"train/loss": _detached(result.loss)}
-        metrics |= {f"train/{leaf}": metric for leaf, metric in result.metrics.items()}
-        metrics |= {key if "/" in key else f"train/{key}": metric for key, metric in output.metrics.items()}
-        for name, aux in output.auxiliary.items():
-            known = self.auxiliary_counts.get(name)
-            share = (
-                1.0 / max(known, 1.0)
-                if known is not None
-                else (rows.tokens / self.batch_tokens / torch.as_tensor(aux.count).clamp(min=1.0))
-            )
-            loss = loss + aux.weight * share * aux.total
-            metrics[f"train/{name}"] = Mean(aux.total.detach(), aux.count)
-        return loss, metrics
+            return self.passes.train(micro_batches, self.shares)
 
     def update(self, metrics: dict[str, Metric]) -> None:
         """Clip and step; a step with a number that is not finite is dropped on every rank, and counted."""
         recipe, progress = self.recipe, self.progress
         with self.clock.part("optimizer"):
-            bad = not math.isfinite(float(metrics["train/loss"].total))
+            loss = metrics.get("train/loss")  # of the last stage
+            bad = loss is not None and not math.isfinite(float(loss.total))
             self.norm = self.optimizer.gradient_norm(bad)
             finite = math.isfinite(self.norm)
             self.rate = learning_rate(progress.step, recipe.schedule, recipe.optim.lr)
@@ -222,10 +188,12 @@ class Engine:
                 clip = recipe.optim.clip_norm
                 self.optimizer.step(min(1.0, clip / (self.norm + 1e-6)) if clip else 1.0)
             self.optimizer.zero_grad()
+            if finish := getattr(self.parts.model, "finish_step", None):
+                metrics |= finish(self.layout.sum_over_data, finite)
         self.progress = replace(
             progress,
             step=progress.step + 1,
-            num_tokens=progress.num_tokens + int(self.batch_tokens),
+            num_tokens=progress.num_tokens + int(self.shares.tokens),
             skipped=progress.skipped + (not finite),
             skipped_in_a_row=0 if finite else progress.skipped_in_a_row + 1,
         )
@@ -259,7 +227,7 @@ class Engine:
         """One line every ``tracking.log_every`` steps, over all steps since the last line and all ranks."""
         self.window.add(
             {**metrics, **self.clock.metrics()},
-            tokens=self.batch_tokens,
+            tokens=self.shares.tokens,
             positions=self.local_positions,
             flops=self.local_flops,
             memory=self.accelerator.memory(),
@@ -287,12 +255,11 @@ class Engine:
         if self.parts.validation is None:
             return
         self.model.eval()
-        found = []
-        for rows in self.parts.validation.batches(self.micro_rows):
-            rows = rows.to(self.device)
-            output = self.model(rows.input_ids, rows.position_ids, rows.document_ids)
-            result = self.parts.objective(output.hidden_BTD, self.parts.model.head_weight, rows)
-            found.append({"eval/loss": result.loss} | {f"eval/{k}": v for k, v in result.metrics.items()})
+        batches = [rows.to(self.device) for rows in self.parts.validation.batches(self.micro_rows)]
+        found = [
+            {key.replace("train/", "eval/", 1): metric for key, metric in part.items()}
+            for part in self.passes.look(batches)
+        ]
         self.model.train()
         reduced = over_ranks(reduce_metrics(found), self.device)
         if self.rank == 0:
@@ -311,6 +278,7 @@ class Engine:
                 "world_size": self.world,
                 "dp": self.dp,
                 "ep": self.layout.ep_size,
+                "pp": self.layout.pp_size,
                 "zero": self.recipe.parallel.zero,
             },
             "dtype": self.recipe.model.dtype,
@@ -369,10 +337,6 @@ class Engine:
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _detached(mean: Mean) -> Mean:
-    return Mean(mean.total.detach(), mean.count)
 
 
 def _place(threads: int | None) -> tuple[int, int | None, int]:

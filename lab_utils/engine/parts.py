@@ -60,7 +60,7 @@ class Parts:
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(MultiSink([])))
 
     def optimizer(self, section: OptimSection) -> torch.optim.Optimizer:
-        groups = parameter_groups(self.model, section.weight_decay)
+        groups = parameter_groups(self.model, section)
         return load_member("lab_utils.optim", section.kind).build(groups, section)
 
 
@@ -91,6 +91,11 @@ def build_parts(
         seed=recipe.seed,
         checkpointing=section.checkpointing,
         indexer_loss=section.indexer_loss,
+        indexer_phase=section.indexer_phase,
+        mtp_loss=section.mtp_loss,
+        balance_loss=section.balance_loss,
+        balance_rate=section.balance_rate,
+        defer=True,
     )
     tokenizer = load_tokenizer(section.tokenizer or load_tokenizer_path(section.source))
     shared = {"rank": rank, "world_size": world}
@@ -123,7 +128,7 @@ def write_pretrained(model: Any, folder: Path, *, tensors: bool) -> None:
     if tensors:
         save_pretrained(model, model.config, folder)
     else:
-        write_config(model.config, model.head_weight.dtype, folder)
+        write_config(model.config, next(p.dtype for p in model.parameters() if p.ndim == 2), folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -88,11 +88,13 @@ class Place:
     def rows(self) -> Rows:
         return Rows.of(self.working)
 
-    def make_masters(self) -> None:
-        """Views of an fp32 parameter, fp32 copies of any other."""
-        self.masters = [
-            own if own.dtype == torch.float32 else own.float() for own in self.own_of(self.working.data)
-        ]
+    def make_masters(self, offload: bool) -> None:
+        """Views of an fp32 parameter, fp32 copies of any other; ``offload``: copies in host memory of all."""
+        own = self.own_of(self.working.data)
+        if offload:
+            self.masters = [piece.to("cpu", torch.float32, copy=True) for piece in own]
+        else:
+            self.masters = [piece if piece.dtype == torch.float32 else piece.float() for piece in own]
 
     def own_of(self, whole: Tensor) -> list[Tensor]:
         """Views of a tensor of the parameter's shape where this rank's masters stand, in their shapes."""
@@ -131,7 +133,7 @@ Wanted = tuple[str, torch.nn.Parameter, Sharding]
 
 
 def fill_buckets(
-    wanted: list[Wanted], *, whole_matrices: bool, bucket_elements: int, config: Any
+    wanted: list[Wanted], *, whole_matrices: bool, bucket_elements: int, config: Any, offload: bool = False
 ) -> list[Bucket]:
     """Buckets for the parameters of one optimizer group, masters made.
 
@@ -140,6 +142,7 @@ def fill_buckets(
         whole_matrices: cut into the matrices of ``optim.groups.matrices`` instead of flat slices.
         bucket_elements: a bucket is closed when it holds so many.
         config: the model's configuration, for the shapes of its matrices.
+        offload: masters, and with them the optimizer's state, in host memory.
     """
     kinds: dict[tuple, list[Wanted]] = {}
     for item in wanted:
@@ -151,7 +154,7 @@ def fill_buckets(
             device = places[0].working.device
             gradients = torch.zeros(sharding.shards, width, dtype=torch.float32, device=device)
             for one in places:
-                one.make_masters()
+                one.make_masters(offload)
             buckets.append(Bucket(places, dtype, width, sharding, gradients))
     return buckets
 

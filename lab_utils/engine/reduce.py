@@ -7,17 +7,18 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lab_utils.telemetry.reductions import Metric, flatten, unflatten
+from lab_utils.telemetry.reductions import Metric, flatten, schema_of, unflatten
 
 SUM, MAX = dist.ReduceOp.SUM, dist.ReduceOp.MAX
 
 
 def over_ranks(metrics: dict[str, Metric], device: torch.device) -> dict[str, Metric]:
-    """The same metrics reduced over all ranks by their types; every rank brings the same names.
+    """The same metrics reduced over all ranks by their types; a rank may lack some of the names.
 
-    Two all-reduces whatever the number of metrics.
+    Two all-reduces whatever the number of metrics, after the names are agreed on.
     """
-    flat = flatten(metrics)
+    schema = sorted({pair for part in gather_objects(schema_of(metrics)) for pair in part})
+    flat = flatten(metrics, tuple(schema))
     return unflatten(flat.schema, all_reduce(flat.sums, device, SUM), all_reduce(flat.maxes, device, MAX))
 
 

@@ -28,18 +28,23 @@ class Groups:
     """Over which ranks gradients are summed, and over which of them masters and states are cut.
 
     Args:
-        dense, experts: of parameters that all data-parallel ranks hold, and of those that a rank holds a share of.
+        dense, experts, ends: of parameters that all data-parallel ranks of a stage hold, of those that a rank holds a
+            share of, and of those that the first and the last stage both hold.
         data: all ranks that see different tokens in the same stage.
         world: every rank; the gradient norm is summed over it.
     """
 
     dense: Sharding
     experts: Sharding
+    ends: Sharding
     data: dist.ProcessGroup
     world: dist.ProcessGroup | None = None
 
-    def of(self, parameter: torch.nn.Parameter) -> Sharding:
-        return self.experts if hasattr(parameter, "ep_group") else self.dense
+    def of(self, tensor: Tensor) -> Sharding:
+        """By the marks that the policy left on a tensor of the model."""
+        if hasattr(tensor, "ep_group"):
+            return self.experts
+        return self.ends if hasattr(tensor, "both_ends") else self.dense
 
 
 class ZeroOptimizer(HybridParallelZeroOptimizer):
@@ -69,8 +74,10 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
         names: dict[int, str],
         groups: Groups,
         bucket_elements: int,
+        offload: bool = False,
     ) -> None:
         self._groups, self._names, self._bucket_elements = groups, names, bucket_elements
+        self._offload = offload
         self._config = getattr(getattr(model, "module", model), "config", None)
         self.buckets: list[Bucket] = []
         super().__init__(
@@ -107,6 +114,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
             whole_matrices=group.get("algorithm") == "muon",
             bucket_elements=self._bucket_elements,
             config=self._config,
+            offload=self._offload,
         )
         self.buckets += filled
         return [master for bucket in filled for place in bucket.places for master in place.masters]
@@ -122,6 +130,10 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
             self._local_touched[place.index] = True
 
         return collect
+
+    def sync_dp_grads(self) -> None:
+        """Defect: calls the sum of its parent by name, past an override; a pipeline ends its batch with this one."""
+        self._sync_grad()
 
     def _sync_grad(self) -> None:
         """Sum every bucket over the ranks that share it, in fp32; called at the end of the last micro-batch."""
@@ -147,6 +159,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
         squares = (torch.stack(norms).square() / torch.tensor(shares, device=device)).sum()
         verdict = torch.stack([squares, torch.tensor(float(bad), device=device)])
         dist.all_reduce(verdict, group=self._groups.world)
+        # A parameter of both ends has a gradient in both, or in neither: the data group of one stage tells.
         touched = torch.tensor(self._local_touched, dtype=torch.float32, device=device)
         dist.all_reduce(touched, group=self._groups.data)
         self._touched = touched.cpu()
@@ -174,7 +187,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
                 bucket.own_gradients.mul_(scale)
             for place in bucket.places:
                 for master, gradient in zip(place.masters, place.own_columns(bucket.own_gradients)):
-                    master.grad = gradient if takes_part[place.index] else None
+                    master.grad = gradient.to(master.device) if takes_part[place.index] else None
         self.optim.step()
         for place in self.places:
             for master in place.masters:
@@ -186,7 +199,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
         """Write the masters of all ranks into the working parameters, rounded to their dtype."""
         for bucket in self.buckets:
             sources = [place.masters for place in bucket.places]
-            if bucket.sharding.shards == 1 and bucket.dtype == torch.float32:
+            if bucket.sharding.shards == 1 and bucket.dtype == torch.float32 and not self._offload:
                 continue  # the masters are the parameters
             for place, rows in self._gathered(bucket, sources, bucket.dtype):
                 place.fill(place.working.data.view(-1), rows)

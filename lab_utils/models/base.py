@@ -29,12 +29,28 @@ class ModelOutput:
     metrics: dict[str, Metric] = field(default_factory=dict)
 
 
+@dataclass
+class RoutingRecord:
+    """The experts that one forward pass over rows ``[B, T]`` gave to each token; another may be made to take them.
+
+    ``experts``: a tensor ``[B·T, k]`` of small integers for every MoE layer in the model's order, layers with a token
+    table included; those of multi-token prediction, where that ran, come last.
+    """
+
+    experts: list[Tensor] = field(default_factory=list)
+
+
 @runtime_checkable
 class TrainableModel(Protocol):
     """An ``nn.Module`` that trains on packed rows. Documents of a row never see one another.
 
-    A model with auxiliary losses also has ``auxiliary_counts(position_ids, document_ids)``: by name, what each of them
-    will be a mean over, so that micro-batches add up to the global batch's mean.
+    A model with auxiliary losses also has ``auxiliary_counts(position_ids, document_ids, loss_weights)``: by name, what
+    each of them will be a mean over, so that micro-batches add up to the global batch's mean. Its forward pass then
+    takes ``loss_weights`` too, ``[B, T]`` as the objective gets them.
+
+    A mixture of experts also has ``finish_step(all_reduce, applied) -> dict[str, Metric]``, to be called after each
+    optimizer step; ``record_routing()``, a context that gives the ``RoutingRecord`` of the forward pass inside; and
+    takes such a record as ``routing`` in its forward pass.
     """
 
     config: Any  # transformers configuration

@@ -38,6 +38,11 @@ def load_model(
     seed: int = 0,
     checkpointing: str = "none",
     indexer_loss: float = 0.01,
+    indexer_phase: str = "sparse",
+    mtp_loss: float = 0.0,
+    balance_loss: float = 0.0,
+    balance_rate: float = 0.0,
+    defer: bool = False,
 ) -> TrainableModel:
     """A trainable model in ``dtype`` on ``device``.
 
@@ -45,30 +50,41 @@ def load_model(
         source: see the module's head.
         dtype: torch dtype or its name; the correction bias of the routers stays fp32.
         seed: of random weights; does not touch the global generators.
-        checkpointing: "none" or "full" (each layer recomputed in the backward pass).
-        indexer_loss: weight of the lightning indexer's KL loss (V4 only).
+        checkpointing: what is made again in the backward pass: "none", "mhc", "attention" (V4 only) or "full".
+        indexer_loss, indexer_phase, mtp_loss, balance_loss, balance_rate: training signals of V4, see ``DeepseekV4``.
+            A checkpoint without the tensors of multi-token prediction gets them fresh by seed, and a warning.
+        defer: leave a V4 without memory, to be cut first: its ``materialise()`` then reads what is left of it.
 
     Raises:
-        RecipeError: unknown preset, shipped model or form of source.
+        RecipeError: unknown preset, shipped model or form of source; a training signal that the model doesn't have.
         CheckpointError: files that are missing, or tensors that don't fit the configuration.
     """
     import torch
 
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    options = {"indexer_loss": indexer_loss, "checkpointing": checkpointing}
-    if source.startswith("preset:"):
-        from lab_utils.models.deepseek_v4.initialize import initialize
-        from lab_utils.models.deepseek_v4.model import DeepseekV4
-
-        model = DeepseekV4(preset(source.removeprefix("preset:")), **options)
-        initialize(model, seed)
-        return model.to(device=device, dtype=dtype)
-    folder = checkpoint_folder(source)
-    if read_config(folder)["model_type"] != "deepseek_v4":
+    signals = {"mtp_loss": mtp_loss, "balance_loss": balance_loss, "balance_rate": balance_rate}
+    options: dict[str, Any] = {**signals, "indexer_loss": indexer_loss, "indexer_phase": indexer_phase}
+    options["checkpointing"] = checkpointing
+    folder = None if source.startswith("preset:") else checkpoint_folder(source)
+    if folder and read_config(folder)["model_type"] != "deepseek_v4":
         from lab_utils.models.hf import load_adapter
 
+        wanted = [f"model.{name}" for name, value in signals.items() if value]
+        wanted += ["model.indexer_phase"] if indexer_phase != "sparse" else []
+        wanted += ["model.checkpointing"] if checkpointing not in ("none", "full") else []
+        if wanted:
+            raise RecipeError(f"{source} is no DeepSeek-V4 and has no {' or '.join(wanted)}: leave it out.")
         return load_adapter(folder, dtype=dtype, device=device, checkpointing=checkpointing)
-    return _load_deepseek_v4(folder, options).to(device=device, dtype=dtype)
+    from transformers import DeepseekV4Config
+
+    from lab_utils.models.deepseek_v4.materialise import deferred, without_memory
+
+    config = DeepseekV4Config.from_pretrained(folder) if folder else preset(source.removeprefix("preset:"))
+    model = without_memory(config, **options)
+    deferred(model, folder, dtype=dtype, device=device, seed=seed)
+    if not defer:
+        model.materialise()
+    return model
 
 
 def load_tokenizer_path(source: str) -> Path | None:
@@ -226,33 +242,6 @@ def describe(source: str, document_length: int = 4096) -> dict[str, Any]:
         "flops_per_token": counting.training_flops(config, [document_length]),
         "document_length": document_length,
     }
-
-
-def _load_deepseek_v4(folder: Path, options: dict[str, Any]) -> TrainableModel:
-    from transformers import DeepseekV4Config
-
-    from lab_utils.models.deepseek_v4.model import DeepseekV4
-
-    model = DeepseekV4(DeepseekV4Config.from_pretrained(folder), **options)
-    state, wanted = read_state_dict(folder), model.state_dict()
-    for name, tensor in wanted.items():
-        if name not in state:
-            raise CheckpointError(
-                f"{folder}: tensor {name} is missing; the checkpoint doesn't fit its config.json."
-            )
-        if state[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{folder}: tensor {name} has shape {list(state[name].shape)}, config.json asks for "
-                f"{list(tensor.shape)}; use the config.json that belongs to these weights."
-            )
-    unknown = sorted(set(state) - set(wanted))
-    unknown = [name for name in unknown if not name.removeprefix("model.").startswith("mtp.")]
-    if unknown:
-        raise CheckpointError(
-            f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a DeepSeek-V4 model."
-        )
-    model.load_state_dict({name: state[name] for name in wanted})
-    return model
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

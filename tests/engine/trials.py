@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from small_v4 import DocumentRows, builder, write_source
+from small_v4 import DEEP, DocumentRows, builder, write_source
 from standin import RowLoader, TinyModel, dense_logprob, make_parts
 
 from lab_utils.accelerators import get_accelerator
@@ -109,7 +109,7 @@ def plain_loop(
     """
     model = TinyModel(spec.seed, dtype)
     loader = RowLoader(spec.rows_per_step, spec.data.row_tokens, spec.seed, 0, 1)
-    groups = parameter_groups(model, spec.optim.weight_decay)
+    groups = parameter_groups(model, spec.optim)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=spec.optim.betas, eps=spec.optim.eps, fused=False)
     found, norms = [], []
     for step in range(spec.schedule.steps):
@@ -448,7 +448,7 @@ def v4_follows_a_plain_loop(folder: Path) -> Any:
     spec = v4_recipe(folder, 30, 4, 48, {"num_experts_per_tok": 4})
     model = load_model(spec.model.source, dtype="float32", seed=spec.seed)
     loader = DocumentRows(8, 2, 24, 97, 0, 1)
-    groups = parameter_groups(model, spec.optim.weight_decay)
+    groups = parameter_groups(model, spec.optim)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=spec.optim.betas, eps=spec.optim.eps, fused=False)
     expected = []
     for step in range(30):
@@ -503,31 +503,40 @@ def v4_in_bf16_with_checkpointing(folder: Path) -> Any:
     return result
 
 
+def layouts(world: int) -> dict[str, dict[str, Any]]:
+    """Layouts of so many ranks, the plain one first."""
+    found = {"dp": {}}
+    for pp in (1, 2, 4):
+        for ep in (1, 2, 4):
+            if world % pp or (world // pp) % ep or ep * pp == 1:
+                continue
+            found[f"ep{ep}_pp{pp}"] = {"parallel.ep": ep, "parallel.pp": pp}
+            if pp > 1:
+                found[f"ep{ep}_pp{pp}_interleaved"] = {**found[f"ep{ep}_pp{pp}"], "parallel.virtual_stages": 2}
+    return found
+
+
 @trial
-def experts_over_ranks(folder: Path) -> Any:
-    """The same run with the experts whole on every rank, and spread over two ranks, then over all."""
+def every_layout_follows_data_parallelism(folder: Path) -> Any:
+    """The same run with experts spread over ranks, and layers over stages."""
     folder.mkdir(parents=True, exist_ok=True)
-    world = dist.get_world_size()
     result: dict[str, Any] = {}
     expected: dict[str, Any] = {}
-    for ep in (1, 2, world):
-        spec = v4_recipe(folder, 20, 4, 48, {"num_experts_per_tok": 2}, **{"parallel.ep": ep})
-        engine = run(folder / f"ep{ep}", spec, build=builder(8, 2, 24))
-        state = {
-            name: tensors["master"]
-            for path in [folder / f"ep{ep}" / "checkpoints" / "step-000020"]
-            for files in [OptimizerFiles(path)]
-            for name in files.names()
-            for tensors in [files.read(name)]
-        }
-        if ep == 1:
-            expected = {"losses": losses(folder / "ep1"), "state": state}
-        result[f"ep{ep}"] = {
-            "loss": worst(losses(folder / f"ep{ep}"), expected["losses"]),
-            "parameters": max(
-                float((state[k] - v).norm() / v.norm().clamp(min=1e-12)) for k, v in expected["state"].items()
-            ),
-            "experts_held": engine.parts.model.model.layers[0].mlp.experts.gate_up_proj.shape[0],
+    for name, changes in layouts(dist.get_world_size()).items():
+        if os.environ.get("ONLY") and name not in os.environ["ONLY"].split(","): continue
+        config = {"num_experts_per_tok": 2, **DEEP}
+        spec = v4_recipe(folder, 20, 16, 48, config, **{"optim.eps": 1e-6, "schedule.micro_rows": 1, **changes})
+        engine = run(folder / name, spec, build=builder(32, 2, 24))
+        files = OptimizerFiles(folder / name / "checkpoints" / "step-000020")
+        state = {key: files.read(key)["master"] for key in files.names()}
+        if not expected:
+            expected = {"losses": losses(folder / name), "state": state}
+        errors = {k: float((state[k] - v).norm() / v.norm().clamp(min=1e-12)) for k, v in expected["state"].items()}
+        result[name] = {
+            "loss": worst(losses(folder / name), expected["losses"]),
+            "parameters": max(errors.values()),
+            "worst_parameter": max(errors, key=errors.__getitem__),
+            "held": sum(p.numel() for p in engine.parts.model.parameters()),
         }
     return result
 

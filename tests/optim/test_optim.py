@@ -26,7 +26,8 @@ class Model(nn.Module):
 
 
 def test_weight_decay_is_for_matrices_only() -> None:
-    decayed, plain = parameter_groups(Model(), 0.1)
+    decayed, plain = parameter_groups(Model(), OptimSection(weight_decay=0.1))
+    assert decayed["algorithm"] == plain["algorithm"] == "adamw"
     assert sorted(decayed["names"]) == ["experts", "tied"] and decayed["weight_decay"] == 0.1
     assert (
         sorted(plain["names"]) == ["linear.bias", "norm.bias", "norm.weight"] and plain["weight_decay"] == 0.0
@@ -34,7 +35,7 @@ def test_weight_decay_is_for_matrices_only() -> None:
 
 
 def test_a_group_without_members_is_left_out() -> None:
-    assert len(parameter_groups(nn.Linear(2, 2, bias=False), 0.1)) == 1
+    assert len(parameter_groups(nn.Linear(2, 2, bias=False), OptimSection())) == 1
 
 
 def schedule(**values: object) -> ScheduleSection:

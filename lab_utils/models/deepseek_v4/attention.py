@@ -12,6 +12,7 @@ from transformers import DeepseekV4Config
 from lab_utils.models.deepseek_v4.layers import Context, Norm, linear, operator
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+WINDOW_ONLY = "sliding_attention"
 
 
 class Pool(nn.Module):
@@ -90,11 +91,11 @@ class GroupedLinear(nn.Module):
 
 
 class Attention(nn.Module):
-    """One attention block of any of the three layer types."""
+    """One attention block of any of the three layer types; past the last layer (in an MTP block) window-only."""
 
     def __init__(self, config: DeepseekV4Config, layer: int):
         super().__init__()
-        self.layer_type = config.layer_types[layer]
+        self.layer_type = config.layer_types[layer] if layer < config.num_hidden_layers else WINDOW_ONLY
         self.rope_kind = "compress" if self.layer_type in (CSA, HCA) else "main"
         self.heads, self.window, self.eps = (
             config.num_attention_heads,
@@ -124,10 +125,11 @@ class Attention(nn.Module):
         if self.compressor and self.compressor.indexer and entries_BCK.shape[1]:
             indexer = self.compressor.indexer
             # With no more entries than the top-k, every visible one is attended and only the loss needs scores.
-            if context.indexer_loss or entries_BCK.shape[1] > indexer.topk:
+            selects = not context.dense and entries_BCK.shape[1] > indexer.topk
+            if context.indexer_loss or selects:
                 with torch.set_grad_enabled(context.indexer_loss and torch.is_grad_enabled()):
                     indexed = indexer(x_BTD.detach(), q_residual.detach(), context)
-            if entries_BCK.shape[1] > indexer.topk:
+            if selects:
                 selected_BTS = operator("indexer_select", x_BTD)(
                     *indexed, geometry, rate=rate, topk=indexer.topk
                 )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import DeepseekV4Config
 
 CSA, HCA = "compressed_sparse_attention", "heavily_compressed_attention"
+WINDOW_ONLY = "sliding_attention"
 
 
 def parameters_by_component(config: DeepseekV4Config) -> dict[str, int]:
@@ -55,38 +56,69 @@ def active_parameters(config: DeepseekV4Config) -> int:
     return total + config.num_hidden_layers * config.num_experts_per_tok * _expert(config)
 
 
-def training_flops(config: DeepseekV4Config, lengths: list[int], *, indexer_trained: bool = False) -> float:
-    """Training FLOPs per token, the length-weighted mean over documents of these lengths (without MTP)."""
-    tokens = sum(lengths)
-    return sum(length * _document_flops(config, length, indexer_trained) for length in lengths) / max(
-        tokens, 1
-    )
+def training_flops(
+    config: DeepseekV4Config,
+    lengths: list[int],
+    *,
+    indexer_trained: bool = False,
+    mtp: bool = False,
+    indexer_warmup: bool = False,
+) -> float:
+    """Training FLOPs per token, the length-weighted mean over documents of these lengths.
+
+    Args:
+        indexer_trained: the indexer has its loss; else it only runs forward.
+        mtp: the blocks of multi-token prediction are trained.
+        indexer_warmup: nothing but the indexer is trained, and every visible entry is attended.
+    """
+    flops = [_document_flops(config, length, indexer_trained, mtp, indexer_warmup) for length in lengths]
+    total = sum(length * each for length, each in zip(lengths, flops, strict=True))
+    return total / max(sum(lengths), 1)
 
 
-def _document_flops(c: DeepseekV4Config, L: int, indexer_trained: bool) -> float:
-    N, d, H, K, q, n = (
-        c.num_hidden_layers,
-        c.hidden_size,
-        c.num_attention_heads,
-        c.head_dim,
-        c.q_lora_rank,
-        c.hc_mult,
-    )
-    csa, hca = c.layer_types.count(CSA), c.layer_types.count(HCA)
-    m_csa, m_hca = c.compress_rates[CSA], c.compress_rates[HCA]
-    Hi, Ki, gr = c.index_n_heads, c.index_head_dim, c.o_groups * c.o_lora_rank
-    trained = N * (d * q + q * H * K + d * K + H * K * c.o_lora_rank + gr * d)
-    trained += 3 * N * d * c.moe_intermediate_size * (c.num_experts_per_tok + c.n_shared_experts)
-    trained += N * d * c.n_routed_experts
-    trained += 2 * N * n * (n + 2) * n * d + 2 * N * n * n * d
-    trained += n * n * d + d * c.vocab_size
-    trained += csa * 4 * d * K + hca * 2 * d * K
-    trained += 2 * N * H * K * _window_keys(L, c.sliding_window)
-    trained += 2 * csa * H * K * _entry_keys(L, m_csa, c.index_topk)
-    trained += 2 * hca * H * K * _entry_keys(L, m_hca, L // m_hca)
-    indexer = csa * (4 * d * Ki + q * Hi * Ki + d * Hi)
-    indexer += csa * Hi * Ki * _entry_keys(L, m_csa, L // m_csa)
-    return 6 * trained + (6 if indexer_trained else 2) * indexer
+def layer_costs(
+    config: DeepseekV4Config, length: int = 4096, *, mtp: bool = False
+) -> tuple[list[float], float]:
+    """Forward FLOPs per token of each layer, and of what follows the last one (collapse and head, with ``mtp`` the
+    blocks of multi-token prediction), for documents of this length: what a stage of a pipeline costs."""
+    layers = [_layer(config, kind, length, config.index_topk) for kind in config.layer_types]
+    after = _head(config) + (_mtp(config, length) if mtp else 0)
+    return [2 * (main + indexer) for main, indexer in layers], 2 * after
+
+
+def _document_flops(c: DeepseekV4Config, L: int, indexer_trained: bool, mtp: bool, warmup: bool) -> float:
+    layers = [_layer(c, kind, L, L if warmup else c.index_topk) for kind in c.layer_types]
+    main, indexer = sum(main for main, _ in layers) + _head(c), sum(indexer for _, indexer in layers)
+    if mtp:
+        main += _mtp(c, L)
+    return (2 if warmup else 6) * main + (6 if indexer_trained else 2) * indexer
+
+
+def _layer(c: DeepseekV4Config, kind: str, L: int, topk: int) -> tuple[float, float]:
+    """Multiply-accumulates per token of a layer without its indexer, and of the indexer."""
+    d, H, K, q, n = c.hidden_size, c.num_attention_heads, c.head_dim, c.q_lora_rank, c.hc_mult
+    main = d * q + q * H * K + d * K + H * K * c.o_lora_rank + c.o_groups * c.o_lora_rank * d
+    main += (c.num_experts_per_tok + c.n_shared_experts) * _expert(c) + d * c.n_routed_experts
+    main += 2 * n * (n + 2) * n * d + 2 * n * n * d
+    main += 2 * H * K * _window_keys(L, c.sliding_window)
+    if kind == WINDOW_ONLY:
+        return main, 0.0
+    m = c.compress_rates[kind]
+    if kind == HCA:
+        return main + 2 * d * K + 2 * H * K * _entry_keys(L, m, L // m), 0.0
+    Hi, Ki = c.index_n_heads, c.index_head_dim
+    indexer = 4 * d * Ki + q * Hi * Ki + d * Hi + Hi * Ki * _entry_keys(L, m, L // m)
+    return main + 4 * d * K + 2 * H * K * _entry_keys(L, m, topk), indexer
+
+
+def _mtp(c: DeepseekV4Config, L: int) -> float:
+    """Multiply-accumulates per token of multi-token prediction, its use of the shared head included."""
+    block = _layer(c, WINDOW_ONLY, L, 0)[0] + (1 + c.hc_mult) * c.hidden_size**2 + _head(c)
+    return c.num_nextn_predict_layers * block
+
+
+def _head(c: DeepseekV4Config) -> int:
+    return c.hc_mult**2 * c.hidden_size + c.hidden_size * c.vocab_size
 
 
 def _window_keys(L: int, w: int) -> float:

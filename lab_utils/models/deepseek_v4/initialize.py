@@ -6,33 +6,64 @@ mix evenly (TR §2.2); the tables of hash layers give every expert the same numb
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 HC_SCALE = 0.01
+BUFFERS = ("tid2eid", "e_score_correction_bias")
+MTP_STREAM = 1 << 32  # added to the seed: the main weights are the same with and without the blocks
+
+
+Put = Callable[[str, Tensor], None]
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int) -> None:
-    """Fill every parameter and buffer of a ``DeepseekV4`` in place."""
+def initialize(model: nn.Module, seed: int, put: Put | None = None) -> None:
+    """Fill every parameter and buffer of a ``DeepseekV4``.
+
+    Args:
+        put: takes a name and the value of it that the model holds; absent: written in place.
+    """
+    _fill(model, seed, lambda name: not name.startswith("mtp."), put)
+    initialize_mtp(model, seed, put)
+
+
+@torch.no_grad()
+def initialize_mtp(model: nn.Module, seed: int, put: Put | None = None) -> None:
+    """Fill the blocks of multi-token prediction alone."""
+    _fill(model, seed + MTP_STREAM, lambda name: name.startswith("mtp."), put)
+
+
+def _fill(model: nn.Module, seed: int, wanted: Callable[[str], bool], put: Put | None) -> None:
     generator = torch.Generator().manual_seed(seed)
-    std = model.config.initializer_range
-    for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]
-        if leaf in ("scale", "hc_scale"):
-            parameter.fill_(HC_SCALE)
-        elif leaf in ("base", "hc_base", "sinks", "position_bias"):
-            parameter.zero_()
-        elif parameter.dim() == 1:
-            parameter.fill_(1.0)
-        else:
-            # Drawn in fp32 on the host, so that neither dtype nor device changes the numbers.
-            parameter.copy_(torch.empty(parameter.shape).normal_(std=std, generator=generator))
-    for name, buffer in model.named_buffers():
-        if name.endswith("tid2eid"):
-            buffer.copy_(balanced_table(*buffer.shape, model.config.n_routed_experts, generator))
-        else:
-            buffer.zero_()
+    held = model.state_dict(keep_vars=True)
+    put = put or (lambda name, value: held[name].copy_(value))
+    # Parameters first, then buffers. One that another rank holds is drawn too, so that numbers don't depend on a cut.
+    for buffers in (False, True):
+        for name, shape in model.whole_shapes.items():
+            leaf = name.rsplit(".", 1)[-1]
+            if not wanted(name) or (leaf in BUFFERS) != buffers:
+                continue
+            value = _fresh(leaf, shape, model.config, generator)
+            if name in held:
+                start = getattr(held[name], "rows", (0,))[0]
+                put(name, value[start : start + len(held[name])] if value.ndim else value)
+
+
+def _fresh(leaf: str, shape: tuple[int, ...], config: Any, generator: torch.Generator) -> Tensor:
+    if leaf == "tid2eid":
+        return balanced_table(*shape, config.n_routed_experts, generator)
+    if leaf in ("scale", "hc_scale"):
+        return torch.full(shape, HC_SCALE)
+    if leaf in ("base", "hc_base", "sinks", "position_bias", "e_score_correction_bias"):
+        return torch.zeros(shape)
+    if len(shape) == 1:
+        return torch.ones(shape)
+    # Drawn in fp32 on the host, so that neither dtype nor device changes the numbers.
+    return torch.empty(shape).normal_(std=config.initializer_range, generator=generator)
 
 
 def balanced_table(tokens: int, k: int, experts: int, generator: torch.Generator) -> Tensor:

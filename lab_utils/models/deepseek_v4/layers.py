@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,9 @@ class Context:
     geometry: Geometry
     rotary: Rotary
     indexer_loss: bool  # whether the indexer's KL is wanted
+    dense: bool = False  # every visible entry is attended: nothing is selected
+    balance: bool = False  # whether the sequence balance loss is wanted
+    tail: int = 0  # so many tokens at a document's end don't count: in an MTP block they have no next token
     _angles: dict = field(default_factory=dict)
 
     def angles(self, kind: str, rate: int | None = None) -> tuple[Tensor, Tensor]:
@@ -30,6 +35,12 @@ class Context:
             )
             self._angles[kind, rate] = self.rotary(kind, positions)
         return self._angles[kind, rate]
+
+    @cached_property
+    def counted_BT(self) -> Tensor:
+        """Tokens that count in the experts' load: no padding, and none of a document's ``tail``."""
+        geometry = self.geometry
+        return geometry.real_BT & (geometry.local_BT < geometry.length_BT - self.tail)
 
 
 def operator(name: str, x: Tensor):
@@ -48,6 +59,11 @@ class Norm(nn.Module):
         return operator("rms_norm", x)(x, self.weight, self.eps)
 
 
+def uninitialised(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module:
+    """A module on torch's default device with its memory as it comes (``initialize`` fills it by seed)."""
+    return nn.utils.skip_init(kind, *args, device=torch.get_default_device(), **kwargs)
+
+
 def linear(inputs: int, outputs: int) -> nn.Linear:
-    """A linear map without bias, its memory not yet initialised (``initialize`` does that by seed)."""
-    return nn.utils.skip_init(nn.Linear, inputs, outputs, bias=False)
+    """A linear map without bias, uninitialised."""
+    return uninitialised(nn.Linear, inputs, outputs, bias=False)

@@ -5,19 +5,31 @@ Legend: B rows, T tokens, N = B·T, D model, E experts, F expert width, k expert
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from lab_utils.models.deepseek_v4.balance import sequence_balance
 from lab_utils.models.deepseek_v4.expert_parallel import exchange_experts
 from lab_utils.models.deepseek_v4.layers import Context, linear, operator
 
 
+class Routed(NamedTuple):
+    """What a router says of some tokens."""
+
+    experts_Nk: Tensor
+    weights_Nk: Tensor  # fp32
+    balance: Tensor | None  # the sequence balance loss, a sum over documents, where it is wanted
+
+
 class Router(nn.Module):
-    """Weights in fp32; which experts: top-k of score + correction bias, or the table ``tid2eid`` of a hash layer."""
+    """Weights in fp32; which experts: top-k of score + correction bias, or the table ``tid2eid`` of a hash layer.
+
+    ``load_E`` counts the tokens of each expert since the last optimizer step, in layers that choose.
+    """
 
     def __init__(self, config: DeepseekV4Config, hashed: bool):
         super().__init__()
@@ -29,6 +41,7 @@ class Router(nn.Module):
             self.register_buffer("tid2eid", torch.zeros(config.vocab_size, k, dtype=torch.long))
         else:
             self.register_buffer("e_score_correction_bias", torch.zeros(E, dtype=torch.float32))
+            self.register_buffer("load_E", torch.zeros(E, dtype=torch.long), persistent=False)
 
     def _apply(self, fn, recurse=True):
         # The bias moves in steps of 0.001 around balanced loads: a cast of the model to bfloat16 must not round it.
@@ -38,14 +51,29 @@ class Router(nn.Module):
             self.e_score_correction_bias = before.to(self.e_score_correction_bias.device)
         return self
 
-    def forward(self, x_ND: Tensor, input_ids_N: Tensor) -> tuple[Tensor, Tensor]:
-        """Experts ``[N, k]`` and their weights ``[N, k]`` fp32."""
-        chosen = (
-            {"experts_Nk": self.tid2eid[input_ids_N]}
-            if self.hashed
-            else {"bias_E": self.e_score_correction_bias}
-        )
-        return operator("routing", x_ND)(x_ND, self.weight, **self.options, **chosen)
+    def forward(self, x_ND: Tensor, context: Context, given_Nk: Tensor | None = None) -> Routed:
+        """Experts of each token and their weights. ``given_Nk``: experts to take, whatever the layer would choose."""
+        if given_Nk is not None:
+            chosen = {"experts_Nk": given_Nk.long()}
+        elif self.hashed:
+            chosen = {"experts_Nk": self.tid2eid[context.input_ids.flatten()]}
+        else:
+            chosen = {"bias_E": self.e_score_correction_bias}
+        wanted = context.balance and not self.hashed
+        run = operator("routing", x_ND)
+        experts_Nk, weights_Nk, *scores = run(x_ND, self.weight, **self.options, **chosen, want_scores=wanted)
+        balance = sequence_balance(scores[0], experts_Nk, context) if wanted else None
+        return Routed(experts_Nk, weights_Nk, balance)
+
+    @torch.no_grad()
+    def count(self, experts_Nk: Tensor, context: Context) -> None:
+        """Add the tokens of a forward pass to ``load_E``; a hash layer, which cannot be balanced, counts none."""
+        if self.hashed:
+            return
+        E = len(self.load_E)
+        slots = torch.where(context.counted_BT.flatten()[:, None], experts_Nk, E).flatten()
+        found = torch.zeros(E + 1, dtype=torch.long, device=slots.device)
+        self.load_E += found.scatter_add_(0, slots, torch.ones_like(slots))[:E]
 
 
 class Experts(nn.Module):
@@ -89,11 +117,18 @@ class MoE(nn.Module):
 
     def __init__(self, config: DeepseekV4Config, layer: int):
         super().__init__()
-        self.gate = Router(config, hashed=config.mlp_layer_types[layer] == "hash_moe")
+        # Past the last layer, in an MTP block, routing is learned.
+        hashed = layer < config.num_hidden_layers and config.mlp_layer_types[layer] == "hash_moe"
+        self.gate = Router(config, hashed=hashed)
         self.experts = Experts(config)
         self.shared_experts = SharedExpert(config)
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, context: Context, given_Nk: Tensor | None = None
+    ) -> tuple[Tensor, Routed]:
+        """``[B, T, D]``, and how it was routed."""
         x_ND = x_BTD.flatten(0, 1)
-        experts_Nk, weights_Nk = self.gate(x_ND, context.input_ids.flatten())
-        return (self.experts(x_ND, experts_Nk, weights_Nk) + self.shared_experts(x_ND)).view(x_BTD.shape)
+        routed = self.gate(x_ND, context, given_Nk)
+        experts_Nk, weights_Nk, _ = routed
+        y_ND = self.experts(x_ND, experts_Nk, weights_Nk) + self.shared_experts(x_ND)
+        return y_ND.view(x_BTD.shape), routed

@@ -1,11 +1,13 @@
 """How a DeepSeek-V4 is cut over ranks, in Shardformer's terms. Imported by the engine alone, after ColossalAI.
 
-Every parameter keeps its object, only ``.data`` is replaced: the optimizer was built on these objects, and a new one
-would stay frozen (a defect of ``booster/plugin/hybrid_parallel_plugin.py``, ``reinitialize_optimizer``).
+A model that was made without memory (on the meta device) is filled here, after the cut, so that a rank reads no byte
+but its own. The optimizer is built after that: a parameter replaced under an optimizer would stay frozen (a defect of
+``booster/plugin/hybrid_parallel_plugin.py``, ``reinitialize_optimizer``).
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch.distributed as dist
@@ -14,24 +16,49 @@ from colossalai.tensor.moe_tensor.api import set_moe_tensor_ep_group
 from torch import nn
 
 from lab_utils.models.deepseek_v4.expert_parallel import shard_experts
+from lab_utils.models.deepseek_v4.model import DeepseekV4
 from lab_utils.models.deepseek_v4.moe import Experts
+from lab_utils.models.deepseek_v4.pipeline import Stage, held_modules, split_layers, stage_forward
 
 
 class DeepseekV4Policy(Policy):
-    """Experts over the ep group; everything else whole on every rank."""
+    """Experts over the ep group, layers over the stages of the pipeline; the rest whole on every rank of a stage."""
 
     def config_sanity_check(self) -> None: ...
 
     def preprocess(self) -> nn.Module:
+        stages = self.pipeline_stage_manager
+        if stages is not None:
+            parts = stages.num_stages * stages.num_model_chunks
+            counts = split_layers(self.model.config, parts, mtp=bool(self.model.trained_mtp))
+            found = stages.get_stage_index(counts)
+            ranges = found if stages.is_interleave else [found]
+            self.model.stage = Stage([(int(start), int(stop)) for start, stop in ranges])
+            stages.stage_indices = self.model.stage.ranges
+            if len(self.model.mtp):
+                self.model.model.embed_tokens.weight.both_ends = True  # read by the optimizer and by checkpoints
         return self.model
 
     def module_policy(self) -> dict[Any, ModulePolicyDescription]:
-        group = self.shard_config.ep_group
-        if group is None or dist.get_world_size(group) == 1:
-            return {}
-        return {Experts: ModulePolicyDescription(param_replacement=[lambda module: _shard(module, group)])}
+        policy, group, stages = {}, self.shard_config.ep_group, self.pipeline_stage_manager
+        if group is not None and dist.get_world_size(group) > 1:
+            shard = partial(_shard, group=group)
+            policy[Experts] = ModulePolicyDescription(param_replacement=[shard])
+        if stages is not None:
+            forward = partial(stage_forward, stages=stages)
+            policy[DeepseekV4] = ModulePolicyDescription(
+                method_replacement={"forward": lambda model, *args, **kwargs: forward(model, *args, **kwargs)}
+            )
+        return policy
+
+    def get_held_layers(self) -> list[nn.Module]:
+        stages = self.pipeline_stage_manager
+        first, last = stages.is_first_stage(ignore_chunk=True), stages.is_last_stage(ignore_chunk=True)
+        return held_modules(self.model, self.model.stage.ranges, first, last)
 
     def postprocess(self) -> nn.Module:
+        if self.model.materialise is not None:
+            self.model.materialise()
         return self.model
 
 

@@ -1,0 +1,147 @@
+"""A DeepSeek-V4 in stages: which layers stand where, and the forward pass of one stage.
+
+Stages hand on the streams ``[B, T, n, D]`` and nothing else. Every stage gets the whole micro-batch, so that hash
+layers, positions and multi-token prediction have the token ids wherever they stand. An auxiliary loss enters the
+backward pass in the stage where it arises: it is tied to the streams that the stage hands on.
+
+Multi-token prediction stands on the last stage, behind the last layer; it embeds tokens, so that the first and the last
+stage both hold the embedding, and sum its gradient (``both_ends``).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lab_utils.errors import LayoutError
+from lab_utils.models.base import AuxiliaryLoss, ModelOutput
+from lab_utils.models.deepseek_v4.counting import layer_costs
+
+
+@dataclass
+class Stage:
+    """What a rank of a pipeline holds, and what the engine tells and asks it.
+
+    Args:
+        ranges: layers ``[start, stop)`` of each virtual stage of this rank.
+        counts: by name, what the auxiliary losses of the global batch are means over; set before each step.
+        found: auxiliary losses of the micro-batches since the engine last took them, detached.
+    """
+
+    ranges: list[tuple[int, int]]
+    counts: dict[str, float] = field(default_factory=dict)
+    found: list[tuple[str, AuxiliaryLoss]] = field(default_factory=list)
+
+    def share(self, name: str, loss: AuxiliaryLoss) -> Tensor:
+        """What an auxiliary loss adds to the loss of the global batch; kept for the metrics."""
+        detached = AuxiliaryLoss(loss.total.detach(), loss.count, loss.weight)
+        self.found.append((name, detached))
+        return loss.total * (loss.weight / max(self.counts.get(name, 0.0), 1.0))
+
+    def take(self) -> list[tuple[str, AuxiliaryLoss]]:
+        """The losses found since the last call."""
+        found, self.found = self.found, []
+        return found
+
+
+def split_layers(config: Any, stages: int, *, mtp: bool = False) -> list[int]:
+    """How many layers each of the stages holds, in order: the heaviest stage as light as can be.
+
+    Weighed by forward FLOPs (``counting.layer_costs``): window-only, CSA and HCA layers differ, and the last stage
+    carries the head besides, with ``mtp`` the block of multi-token prediction too. The embedding is a look-up.
+
+    Raises:
+        LayoutError: fewer layers than stages.
+    """
+    costs, head = layer_costs(config, mtp=mtp)
+    n = len(costs)
+    if n < stages:
+        raise LayoutError(
+            f"parallel.pp × parallel.virtual_stages = {stages} stages, but the model has {n} layers: use at most {n}."
+        )
+    upto = [0.0]
+    for cost in costs:
+        upto.append(upto[-1] + cost)
+    # best[s][i]: the heaviest stage when the first i layers are cut into s stages, and where the last one begins
+    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
+    for s in range(1, stages + 1):
+        row = {}
+        for i in range(s, n - (stages - s) + 1):
+            extra = head if s == stages else 0.0
+            options = [
+                (max(best[s - 1][j][0], upto[i] - upto[j] + extra), j)
+                for j in range(s - 1, i)
+                if j in best[s - 1]
+            ]
+            row[i] = min(options, key=lambda option: (option[0], -option[1]))
+        best.append(row)
+    counts, i = [], n
+    for s in range(stages, 0, -1):
+        j = best[s][i][1]
+        counts.append(i - j)
+        i = j
+    return counts[::-1]
+
+
+def held_modules(model: nn.Module, ranges: list[tuple[int, int]], first: bool, last: bool) -> list[nn.Module]:
+    """Modules of a rank that holds these ranges of layers."""
+    decoder = model.model
+    held: list[nn.Module] = [decoder.layers[i] for start, stop in ranges for i in range(start, stop)]
+    if first or (last and len(model.mtp)):
+        held.append(decoder.embed_tokens)
+    if last:
+        held += [decoder.hc_head, decoder.norm, model.lm_head, *model.mtp]
+    return held
+
+
+def stage_forward(
+    model: nn.Module,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    document_ids: Tensor,
+    loss_weights: Tensor | None = None,
+    streams: Tensor | None = None,
+    stage_index: tuple[int, int] | None = None,
+    *,
+    stages: Any,
+    **batch: Tensor,
+) -> dict[str, Tensor] | ModelOutput:
+    """One stage on packed rows ``[B, T]``.
+
+    Args:
+        streams: what the stage before handed on ``[B, T, n, D]``; None in the first.
+        stage_index: layers ``[start, stop)`` of this virtual stage; absent: of the rank's only one.
+        stages: ColossalAI's stage manager.
+        batch: tensors of the micro-batch that the objective reads, not the model.
+
+    Returns:
+        ``{"streams"}`` for the next stage; in the last one the model's output, with the auxiliary losses that arose
+        there.
+    """
+    at = model.begin(input_ids, position_ids, document_ids)
+    h_BTnD = model.embed(input_ids) if stages.is_first_stage() else streams
+    start, stop = stage_index if stage_index is not None else model.stage.ranges[0]
+    for number in range(start, stop):
+        h_BTnD = at.run(model.model.layers[number], number, h_BTnD)
+    if stages.is_last_stage():
+        return model.finish(at, h_BTnD, loss_weights)
+    for name, loss in model.losses(at).items():
+        h_BTnD = _Tie.apply(h_BTnD, model.stage.share(name, loss))
+    return {"streams": h_BTnD}
+
+
+class _Tie(torch.autograd.Function):
+    """Hands streams on as they are; in the backward pass the tied loss gets the gradient 1."""
+
+    @staticmethod
+    def forward(ctx, streams, loss):
+        ctx.save_for_backward(torch.ones_like(loss))
+        return streams.view_as(streams)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (one,) = ctx.saved_tensors
+        return grad, one
