@@ -25,6 +25,8 @@ VERBS = {
     "export": ("lab_utils.engine.commands", "export"),
     "eval": ("lab_utils.evaluation.commands", "evaluate"),
     "bench": ("lab_utils.bench.commands", "app"),
+    "verify": ("lab_utils.bench.verify_commands", "app"),
+    "kernels": ("lab_utils.bench.kernels_commands", "app"),
     "notebook": ("lab_utils.panels.commands", "notebook"),
 }
 

@@ -23,7 +23,7 @@ from lab_utils.errors import LayoutError, RecipeError
 from lab_utils.registry import load as load_member
 from lab_utils.registry import members, nearest
 
-UNHASHED = ("name", "tracking")
+UNHASHED = ("name", "tracking", "schedule.async_save")  # dotted keys of what changes no result
 
 
 class Section(BaseModel):
@@ -138,7 +138,9 @@ class ParallelSection(Section):
     ep: int = Field(
         1, ge=1, description="Expert-parallel degree, a divisor of dp: so many ranks share a layer's experts."
     )
-    pp: int = Field(1, ge=1, description="Pipeline stages; the batch of a rank goes through them in micro-batches.")
+    pp: int = Field(
+        1, ge=1, description="Pipeline stages; the batch of a rank goes through them in micro-batches."
+    )
     virtual_stages: int = Field(
         1, ge=1, description="Runs of layers that each pipeline rank holds (interleaved schedule); 1 = 1F1B."
     )
@@ -169,6 +171,10 @@ class ScheduleSection(Section):
     )
     save_every: int = Field(0, ge=0, description="Steps between checkpoints; 0 = at the end only.")
     keep_last: int = Field(2, ge=1, description="Complete checkpoints to keep.")
+    async_save: bool = Field(
+        True,
+        description="Write checkpoints beside training; the step waits only for the copy to host memory.",
+    )
     max_skipped: int = Field(5, ge=1, description="Non-finite steps in a row after which the run stops.")
 
 
@@ -283,7 +289,13 @@ class Recipe(Section):
     @property
     def hash(self) -> str:
         """64 hex digits over everything that changes the result."""
-        tree = {k: v for k, v in self.model_dump(mode="json").items() if k not in UNHASHED}
+        tree = self.model_dump(mode="json")
+        for key in UNHASHED:
+            *sections, leaf = key.split(".")
+            node = tree
+            for section in sections:
+                node = node[section]
+            del node[leaf]
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
     def to_yaml(self) -> str:
@@ -342,13 +354,13 @@ class Recipe(Section):
                 f"schedule.micro_rows={micro} does not divide the {rows // dp} rows of a rank: "
                 f"use a divisor of {rows // dp}."
             )
-        passes = rows // dp // micro
-        wanted = parallel.pp
-        if passes < wanted or (parallel.virtual_stages > 1 and passes % wanted):
+        passes, stages = rows // dp // micro, parallel.pp
+        if passes < stages or (parallel.virtual_stages > 1 and passes % stages):
+            needed = "a multiple of" if parallel.virtual_stages > 1 else "at least"
             raise LayoutError(
-                f"A pipeline of {wanted} stages needs {'a multiple of ' if parallel.virtual_stages > 1 else 'at least '}"
-                f"{wanted} micro-batches a rank, but {rows // dp} rows in micro-batches of {micro} are {passes}: lower "
-                f"schedule.micro_rows, or raise schedule.batch_tokens to {wanted * micro * dp * T}."
+                f"A pipeline of {stages} stages needs {needed} {stages} micro-batches a rank, but {rows // dp} rows in "
+                f"micro-batches of {micro} are {passes}: lower schedule.micro_rows, or raise schedule.batch_tokens to "
+                f"{stages * micro * dp * T}."
             )
         return dp, micro, passes
 

@@ -39,6 +39,9 @@ def _slots(x_BCmF: Tensor, head_BC: Tensor | None, fill: float) -> Tensor:
         return x_BCmF
     B, C, m, F = x_BCmF.shape
     out = x_BCmF.new_empty(B, C, 2 * m, F // 2)
+    out[:, :1, :m] = (
+        fill  # the first entry of a row follows none; where a row has no entry at all, no head says so
+    )
     out[:, 1:, :m] = x_BCmF[:, :-1, :, : F // 2]
     out[:, :, m:] = x_BCmF[..., F // 2 :]
     out[:, :, :m].masked_fill_(head_BC[..., None, None], fill)

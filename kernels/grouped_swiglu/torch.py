@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels._products import grouped_mm, grouped_outer
 from kernels._support import any_device, gather_rows, working_dtype, workspace
 
 
@@ -67,11 +68,12 @@ class _Experts(torch.autograd.Function):
         order_M = experts_Nk.reshape(-1).argsort(stable=True)
         ends_E = torch.bincount(experts_Nk.reshape(-1), minlength=E).cumsum(0).to(torch.int32)
         sorted_MD = gather_rows(0, x_ND.to(work), order_M // k)
-        hidden_MG = F.grouped_mm(sorted_MD, gate_up_EGD.to(work).transpose(1, 2), offs=ends_E)
+        hidden_MG = grouped_mm(sorted_MD, gate_up_EGD.to(work).transpose(1, 2), ends_E)
         share_M1 = weights_Nk.to(work).reshape(-1, 1).index_select(0, order_M)
         ctx.inside = within(hidden_MG, limit)
         act_MF = swiglu(hidden_MG[:, : G // 2], hidden_MG[:, G // 2 :], limit, ctx.inside).mul_(share_M1)
-        out_MD = F.grouped_mm(act_MF, down_EDF.to(work).transpose(1, 2), offs=ends_E)
+        room_MD = workspace(4, sorted_MD.shape, sorted_MD)
+        out_MD = grouped_mm(act_MF, down_EDF.to(work).transpose(1, 2), ends_E, room_MD)
         place_M = torch.empty_like(order_M).scatter_(
             0, order_M, torch.arange(len(order_M), device=order_M.device)
         )
@@ -86,13 +88,17 @@ class _Experts(torch.autograd.Function):
         token_M = order_M // k
         gate, up = hidden_MG[:, :width], hidden_MG[:, width:]
         grad_MD = gather_rows(0, grad_ND.to(work), token_M)
-        d_product_MF = F.grouped_mm(grad_MD, down_EDF.to(work), offs=ends_E)  # gradient of share · act
+        room_MF = workspace(4, gate.shape, hidden_MG)
+        d_product_MF = grouped_mm(grad_MD, down_EDF.to(work), ends_E, room_MF)  # gradient of share · act
         d_hidden = workspace(1, hidden_MG.shape, hidden_MG)
         product_MF, d_share_M = swiglu_backward(gate, up, d_product_MF, share_M1, limit, ctx.inside, d_hidden)
-        d_down = F.grouped_mm(grad_MD.T, product_MF, offs=ends_E)
+        d_down = grouped_outer(grad_MD, product_MF, ends_E)
         sorted_MD = gather_rows(0, x_ND.to(work), token_M)
-        d_gate_up = F.grouped_mm(d_hidden.T, sorted_MD, offs=ends_E)
-        d_x = _combine(F.grouped_mm(d_hidden, gate_up_EGD.to(work), offs=ends_E), place_M, k).to(x_ND.dtype)
+        d_gate_up = grouped_outer(d_hidden, sorted_MD, ends_E)
+        d_rows_MD = grouped_mm(
+            d_hidden, gate_up_EGD.to(work), ends_E, workspace(4, sorted_MD.shape, sorted_MD)
+        )
+        d_x = _combine(d_rows_MD, place_M, k).to(x_ND.dtype)
         d_weights = d_share_M.index_select(0, place_M).view(-1, k).to(ctx.share_dtype)
         return d_x, None, d_weights, d_gate_up.to(gate_up_EGD.dtype), d_down.to(down_EDF.dtype), None
 

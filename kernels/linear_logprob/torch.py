@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._products import mm
 from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype, workspace
 
@@ -25,7 +26,7 @@ class _LinearLogprob(torch.autograd.Function):
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
             hidden, shape = hidden_ND[part].to(full), (len(targets_N[part]), len(weight_VD))
-            logits = torch.mm(hidden, head_DV, out=workspace(0, shape, hidden))
+            logits = mm(hidden, head_DV, out=workspace(0, shape, hidden))
             best, token = logits.max(-1)
             correct[part] = token == targets_N[part]
             target = logits.gather(1, targets_N[part, None]).squeeze(1)
@@ -51,11 +52,11 @@ class _LinearLogprob(torch.autograd.Function):
             part = slice(start, start + ctx.chunk)
             hidden, grad = hidden_ND[part].to(full), grad_N[part, None].to(full)
             # d logits = grad · (onehot - softmax)
-            scratch = workspace(0, (len(hidden), len(head_VD)), hidden)
-            d_logits = torch.addmm(-log_z[part, None], hidden, head_VD.T, out=scratch).exp_().mul_(-grad)
+            logits = mm(hidden, head_VD.T, out=workspace(0, (len(hidden), len(head_VD)), hidden))
+            d_logits = logits.sub_(log_z[part, None]).exp_().mul_(-grad)
             d_logits.scatter_add_(1, targets_N[part, None], grad)
-            d_hidden[part] = d_logits @ head_VD
-            d_weight.addmm_(d_logits.T, hidden)
+            d_hidden[part] = mm(d_logits, head_VD)
+            d_weight += mm(d_logits.T, hidden)
         return d_hidden, d_weight.to(weight_VD.dtype), None, None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kernels._products import mm
 from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype
 from kernels.routing.reference import SCORES, choose
@@ -20,13 +21,13 @@ class _Logits(torch.autograd.Function):
     def forward(ctx, x_ND, weight_ED):
         ctx.save_for_backward(x_ND, weight_ED)
         full = full_dtype(x_ND)
-        return x_ND.to(full) @ weight_ED.to(full).T
+        return mm(x_ND.to(full), weight_ED.to(full).T)
 
     @staticmethod
     def backward(ctx, grad_NE):
         x_ND, weight_ED = ctx.saved_tensors
-        d_x = (grad_NE @ weight_ED.to(grad_NE.dtype)).to(x_ND.dtype)
-        return d_x, (grad_NE.T @ x_ND.to(grad_NE.dtype)).to(weight_ED.dtype)
+        d_x = mm(grad_NE, weight_ED.to(grad_NE.dtype)).to(x_ND.dtype)
+        return d_x, mm(grad_NE.T, x_ND.to(grad_NE.dtype)).to(weight_ED.dtype)
 
 
 def routing(

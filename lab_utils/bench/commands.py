@@ -1,4 +1,4 @@
-"""``lab bench step | quality``: comparisons with a peer, side by side in one process chain, as ratios."""
+"""``lab bench step | layout | quality``: comparisons with a peer, side by side in one process chain, as ratios."""
 
 from __future__ import annotations
 
@@ -80,6 +80,50 @@ def step(
         f"One training step, {preset}, {dtype} on {device}; peak {rows[0]['peak_flops'] / 1e9:,.0f} GFLOP/s"
     )
     emit(rows, as_json, lambda: table(title, columns, drawn, right=columns[1:]))
+
+
+@app.command()
+def layout(
+    nproc: int = typer.Option(4, min=1, help="Ranks."),
+    layouts: str = typer.Option("", help="Names as dp4_ep2_pp2 or dp4_ep2_pp2_v2; absent: all."),
+    source: str = typer.Option("preset:tiny", help="The model."),
+    optimizer: str = typer.Option("adamw", help="adamw or muon."),
+    dtype: str = typer.Option("float32", help="float32 or bfloat16."),
+    rows: int = typer.Option(16, min=1, help="Rows of a global batch."),
+    row_tokens: int = typer.Option(256, min=16, help="Tokens of a row."),
+    steps: int = typer.Option(5, min=1, help="Timed steps."),
+    accelerator: str = typer.Option("auto", help="auto, cpu, cuda or npu."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Tokens/s, bytes sent per rank and step, and peak memory of each layout of so many ranks."""
+    from lab_utils.bench.layouts import bench_layout
+
+    found = bench_layout(
+        nproc,
+        layouts=[name for name in layouts.split(",") if name],
+        source=source,
+        optimizer=optimizer,
+        dtype=dtype,
+        rows=rows,
+        row_tokens=row_tokens,
+        steps=steps,
+        accelerator=accelerator,
+        on_row=lambda row: say(f"measured {row['layout']}"),
+    )
+    columns = ["layout", "tokens/s", "sent a rank and step, MiB", "peak of a rank, MiB"]
+    drawn = [
+        (
+            row["layout"],
+            f"{row['tokens_per_s']:,.0f}",
+            f"{row['bytes_sent_per_rank'] / 2**20:,.1f}",
+            f"{row['peak_mib']:,.0f}",
+        )
+        for row in found
+    ]
+    title = (
+        f"Layouts of {nproc} ranks: {source}, {optimizer}, {dtype}, {rows} rows of {row_tokens} tokens a step"
+    )
+    emit(found, as_json, lambda: table(title, columns, drawn, right=columns[1:]))
 
 
 @app.command()

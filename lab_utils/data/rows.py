@@ -7,7 +7,6 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-
 OWN = ("input_ids", "position_ids", "document_ids", "loss_weights")
 
 
@@ -69,7 +68,9 @@ class PackedRows:
         missing = count - self.rows
         if missing <= 0:
             return self
-        padding = self.slice(0, 1)._map(lambda tensor: torch.zeros_like(tensor).expand(missing, *tensor.shape[1:]))
+        padding = self.slice(0, 1)._map(
+            lambda tensor: torch.zeros_like(tensor).expand(missing, *tensor.shape[1:])
+        )
         ends = torch.arange(self.input_ids.shape[1], device=self.input_ids.device).expand(missing, -1)
         padding = replace(padding, position_ids=ends, document_ids=torch.full_like(ends, -1))
         return self.joined([self, padding])

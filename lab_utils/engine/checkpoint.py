@@ -9,8 +9,9 @@ Layout of ``checkpoints/step-000100/``::
     MANIFEST.json   bytes and sha256 of every file above
     COMPLETE        written last
 
-Everything is written into a hidden folder beside it, synced to disk, and renamed. Older checkpoints are removed only
-after that.
+Everything is written into a hidden folder beside it, ``.step-000100.partial``, synced to disk, and renamed. Older
+checkpoints are removed only after that. Who writes when is ``writer.py``, whose ranks talk through a folder ``ranks/``
+in the hidden one; here is what they write.
 """
 
 from __future__ import annotations
@@ -25,18 +26,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from lab_utils.engine.reduce import gather_objects
 from lab_utils.engine.rows import Rows
-from lab_utils.engine.sharded_model import ShardedFiles
+from lab_utils.engine.sharded_model import ShardedFiles, host_copy, write_file
 from lab_utils.errors import CheckpointError
-from lab_utils.models.load import save_tensors
 
 PART_BYTES = 2**30  # an optimizer file is closed when it has grown to this
+READ_BYTES = 2**23  # hashed at a time: Python's lock is taken once for each
 RANGE = re.compile(r"\[(\d+):\d+\]$")
-Problem = str
+RANKS = "ranks"
+Described = dict[str, dict[str, Any]]  # bytes and sha256 of files, by path in the checkpoint
 
 
 def folder(root: Path, step: int) -> Path:
@@ -46,128 +48,114 @@ def folder(root: Path, step: int) -> Path:
 # -- writing -------------------------------------------------------------------------------------------------
 
 
-def save(
-    root: Path,
-    step: int,
-    *,
-    write_model: Callable[..., None],
-    optimizer_state: Iterable[tuple[str, Rows, dict[str, Tensor]]],
-    shards: ShardedFiles | None = None,
-    state: dict[str, Any],
-    rank: int,
-    keep_last: int,
-) -> Path:
-    """Write a checkpoint; called by all ranks together.
+def partial(final: Path) -> Path:
+    """The hidden folder that becomes a checkpoint."""
+    return final.with_name(f".{final.name}.partial")
+
+
+def make_partial(final: Path) -> Path:
+    """The hidden folder, fresh."""
+    made = partial(final)
+    shutil.rmtree(made, ignore_errors=True)
+    for part in ("model", "optimizer", RANKS):
+        (made / part).mkdir(parents=True)
+    return made
+
+
+def remove_partial(root: Path) -> None:
+    """Hidden folders of a job that was killed while it wrote."""
+    for left in root.glob(".step-*.partial"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+class Share:
+    """What one rank writes of a checkpoint, in host memory, so that training can go on; making one is collective.
 
     Args:
-        root: the run's ``checkpoints`` folder.
-        write_model: fills the ``model/`` folder, ``write_model(folder, tensors=shards is None)``; called on rank 0.
+        model, writes: as ``ShardedFiles`` takes them.
         optimizer_state: this rank's share by parameter name; iterating it is collective.
-        shards: the tensors of a model that is spread over ranks; absent: ``write_model`` writes them.
-        state: what ``state.json`` holds, the same on every rank.
+        write_model: fills ``model/`` with all but tensors, ``write_model(folder, tensors=False)``, later, on rank 0.
+        state: what ``state.json`` holds.
+    """
+
+    def __init__(
+        self,
+        rank: int,
+        *,
+        model: torch.nn.Module,
+        writes: Callable[[Tensor], bool],
+        optimizer_state: Iterable[tuple[str, Rows, dict[str, Tensor]]],
+        write_model: Callable[..., None],
+        state: dict[str, Any],
+    ) -> None:
+        self.rank, self._model, self._write_model = rank, ShardedFiles(model, writes), write_model
+        self._state = json.dumps(state, indent=1) if rank == 0 else ""
+        self._parts: list[dict[str, Tensor]] = []
+        room = 0
+        for name, rows, tensors in optimizer_state:
+            if room <= 0:
+                self._parts.append({})
+                room = PART_BYTES
+            for kind, value in tensors.items():
+                self._parts[-1][_key(name, rows, kind)] = host_copy(value)
+                room -= value.nbytes
+
+    def write(self, target: Path) -> Described:
+        """Write and sync it, giving back memory on the way; returns the files that are this rank's alone."""
+        if self.rank == 0:
+            self._model.create(target / "model")
+            self._write_model(target / "model", tensors=False)
+            (target / "state.json").write_text(self._state, encoding="utf-8")
+        self._model.write(target / "model")
+        part = f"optimizer/part-{self.rank:05d}"
+        names = [f"{part}-{number:03d}.safetensors" for number in range(len(self._parts))]
+        for name in names:
+            write_file(target / name, self._parts.pop(0))
+        return {name: _describe(target / name) for name in names}
+
+    def describe(self, target: Path, ranks: int) -> Described:
+        """Of the model's files of tensors, in which several ranks may have written, every ``ranks``-th."""
+        return {
+            f"model/{name}": _describe(target / "model" / name)
+            for name in self._model.names[self.rank :: ranks]
+        }
+
+
+def publish(final: Path, described: Described, keep_last: int) -> None:
+    """Make a checkpoint of the hidden folder, in which everything is written; one rank does it.
+
+    Args:
+        described: files whose bytes and sha256 are known already.
         keep_last: complete checkpoints that stay.
-
-    Raises:
-        CheckpointError: on every rank, if any could not write; what was written is removed and older ones are intact.
     """
-    final = folder(root, step)
-    temporary = root / f".{final.name}.partial"
-    _agree(final, _attempt(lambda: _make_folders(temporary)) if rank == 0 else None, temporary, rank)
-    problem = _attempt(
-        lambda: _write_optimizer(temporary / "optimizer", optimizer_state, rank), drain=optimizer_state
-    )
-    if rank == 0 and problem is None:
-        problem = _attempt(
-            lambda: (
-                write_model(temporary / "model", tensors=shards is None),
-                _write_json(temporary / "state.json", state),
-            )
-        )
-    if shards is not None:
-        if rank == 0 and problem is None:
-            problem = _attempt(lambda: shards.create(temporary / "model"))
-        _agree(final, problem, temporary, rank)
-        problem = _attempt(lambda: shards.write(temporary / "model"))
-    _agree(final, problem, temporary, rank)
-
-    def publish() -> None:
-        manifest = {name: _describe(temporary / name) for name in _files(temporary)}
-        _write_json(temporary / "MANIFEST.json", manifest)
-        (temporary / "COMPLETE").touch()
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
-        if final.exists():  # a broken one, which resume has passed over and these steps have replaced
-            shutil.rmtree(final)
-        temporary.rename(final)
-        _sync(root)
-
-    _agree(final, _attempt(publish) if rank == 0 else None, temporary, rank)
-    if rank == 0:
-        for old in complete(root)[:-keep_last]:
-            shutil.rmtree(old, ignore_errors=True)
-    return final
+    source = partial(final)
+    shutil.rmtree(source / RANKS)
+    names = described.keys() | {p.relative_to(source).as_posix() for p in source.rglob("*") if p.is_file()}
+    manifest = {name: described.get(name) or _describe(source / name) for name in sorted(names)}
+    (source / "MANIFEST.json").write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+    (source / "COMPLETE").touch()
+    for path in [*source.rglob("*"), source]:
+        _sync(path)
+    if final.exists():  # a broken one, which resume has passed over and these steps have replaced
+        shutil.rmtree(final)
+    source.rename(final)
+    _sync(final.parent)
+    # A later one is broken: resume has passed over it.
+    for old in [p for p in complete(final.parent) if p.name <= final.name][:-keep_last]:
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def _make_folders(temporary: Path) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    for part in ("model", "optimizer"):
-        (temporary / part).mkdir(parents=True)
-
-
-def _write_optimizer(
-    target: Path, named_state: Iterable[tuple[str, Rows, dict[str, Tensor]]], rank: int
-) -> None:
-    part: dict[str, Tensor] = {}
-    number = size = 0
-    for name, rows, tensors in named_state:
-        for kind, value in tensors.items():
-            part[_key(name, rows, kind)] = value.detach().cpu().contiguous().clone()
-            size += value.numel() * value.element_size()
-        if size >= PART_BYTES:
-            save_tensors(part, target / f"part-{rank:05d}-{number:03d}.safetensors")
-            part, number, size = {}, number + 1, 0
-    if part:
-        save_tensors(part, target / f"part-{rank:05d}-{number:03d}.safetensors")
-
-
-def _attempt(work: Callable[[], Any], drain: Iterable[Any] | None = None) -> Problem | None:
-    """Run a piece of writing; what went wrong comes back as text, since other ranks wait for the verdict.
-
-    ``drain`` is run to its end after a failure: the other ranks are inside its collectives.
-    """
-    try:
-        work()
-    except (OSError, SafetensorError) as error:
-        for _ in drain or ():
-            pass
-        return str(error)
-    return None
-
-
-def _agree(final: Path, problem: Problem | None, temporary: Path, rank: int) -> None:
-    """All ranks go on, or all stop with the same sentence."""
-    problems = {r: p for r, p in enumerate(gather_objects(problem)) if p}
-    if problems:
-        if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        worst, text = next(iter(problems.items()))
-        raise CheckpointError(
-            f"{final}: rank {worst} could not write the checkpoint ({text}); earlier checkpoints are intact: "
-            f"make room on that disk, then resume the run."
-        )
-
-
-def _files(path: Path) -> list[str]:
-    return sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
+def _key(name: str, rows: Rows, kind: str) -> str:
+    return f"{name}/{kind}" if rows.whole else f"{name}[{rows.start}:{rows.stop}]/{kind}"
 
 
 def _describe(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _write_json(path: Path, tree: Any) -> None:
-    path.write_text(json.dumps(tree, indent=1), encoding="utf-8")
+    digest, size, buffer = hashlib.sha256(), 0, memoryview(bytearray(READ_BYTES))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def _sync(path: Path) -> None:
@@ -186,7 +174,7 @@ def complete(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if (p / "COMPLETE").exists())
 
 
-def problems(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> list[Problem]:
+def problems(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> list[str]:
     """What is wrong with a checkpoint: files missing, cut short or altered, each named; empty if it is whole.
 
     Args:
@@ -208,7 +196,7 @@ def problems(checkpoint: Path, *, share: tuple[int, int] = (0, 1)) -> list[Probl
     return found
 
 
-def newest(root: Path, *, rank: int = 0, world: int = 1) -> tuple[Path | None, list[Problem]]:
+def newest(root: Path, *, rank: int = 0, world: int = 1) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint, and what is wrong with newer ones that had to be passed over.
 
     With ``world > 1`` all ranks call it together and share the reading.
@@ -216,7 +204,7 @@ def newest(root: Path, *, rank: int = 0, world: int = 1) -> tuple[Path | None, l
     Raises:
         CheckpointError: there are checkpoints and none is whole.
     """
-    skipped: list[Problem] = []
+    skipped: list[str] = []
     candidates = complete(root)
     for checkpoint in reversed(candidates):
         found = problems(checkpoint, share=(rank, world))
@@ -234,10 +222,6 @@ def newest(root: Path, *, rank: int = 0, world: int = 1) -> tuple[Path | None, l
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-
-
-def _key(name: str, rows: Rows, kind: str) -> str:
-    return f"{name}/{kind}" if rows.whole else f"{name}[{rows.start}:{rows.stop}]/{kind}"
 
 
 class OptimizerFiles:

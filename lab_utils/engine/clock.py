@@ -8,11 +8,13 @@ from contextlib import contextmanager
 
 from lab_utils.telemetry.reductions import Mean
 
-PARTS = ("data", "forward_backward", "optimizer")
+PARTS = ("data", "forward_backward", "optimizer", "checkpoint")
 
 
 class StepClock:
     """Times of the parts of one step; what no part claims is ``other``.
+
+    A checkpoint is made when its step has been logged: the wait for it counts to the step that follows.
 
     Args:
         synchronize: waits for the device, so that a part's time holds the work that it queued.
@@ -20,11 +22,13 @@ class StepClock:
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self._synchronize = synchronize
+        self._parts = dict.fromkeys(PARTS, 0.0)
         self.restart()
 
     def restart(self) -> None:
-        self._begun = time.perf_counter()
-        self._parts = dict.fromkeys(PARTS, 0.0)
+        waited = self._parts["checkpoint"]
+        self._begun = time.perf_counter() - waited
+        self._parts = dict.fromkeys(PARTS, 0.0) | {"checkpoint": waited}
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
@@ -37,4 +41,5 @@ class StepClock:
         """``perf/step_time`` and its parts, in seconds, as means over steps and ranks."""
         whole = time.perf_counter() - self._begun
         parts = {**self._parts, "other": whole - sum(self._parts.values())}
+        self._parts["checkpoint"] = 0.0  # told; what is added from here on is the next step's
         return {"perf/step_time": Mean(whole, 1), **{f"perf/time/{k}": Mean(v, 1) for k, v in parts.items()}}

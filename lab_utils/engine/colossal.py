@@ -66,6 +66,7 @@ with _stand_ins(), warnings.catch_warnings():
     from colossalai.booster import Booster
     from colossalai.booster.plugin import MoeHybridParallelPlugin
     from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule, get_param_info
+    from colossalai.shardformer import ShardFormer
     from colossalai.shardformer.policies.base_policy import Policy
 
 from lab_utils.engine.placement import Sharding  # noqa: E402  (these need the import above to have happened)
@@ -235,9 +236,14 @@ class LayoutPlugin(MoeHybridParallelPlugin):
     def supported_devices(self) -> list[str]:
         return ["cpu", "cuda", "npu"]
 
+    def cut(self, model: torch.nn.Module) -> None:
+        """Leave a model what this rank holds of it, as ``configure`` does; nothing is wrapped."""
+        ShardFormer(self.shard_config).optimize(model, policy=policy_of(model))
+
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
-        """``optimizer``: makes one. Defect: the parent takes an optimizer that was built on the whole model, and freezes
-        what the policy replaces under it; here it is made when the model has been cut and filled."""
+        """``optimizer`` makes one. Defect: the parent takes an optimizer that was built on the whole model, and freezes
+        what the policy replaces under it; here it is made when the model has been cut and filled.
+        """
         wrapped = HybridParallelModule(
             model,
             precision="fp32",

@@ -22,8 +22,8 @@ from lab_utils.engine.control import Stop, StopRequests
 from lab_utils.engine.parts import Parts, build_parts
 from lab_utils.engine.passes import Passes, Shares
 from lab_utils.engine.reduce import all_reduce, gather_objects, over_ranks
-from lab_utils.engine.sharded_model import ShardedFiles
 from lab_utils.engine.window import Window
+from lab_utils.engine.writer import Writer
 from lab_utils.errors import RunError
 from lab_utils.optim.schedules import learning_rate
 from lab_utils.recipe import Recipe
@@ -101,6 +101,14 @@ class Engine:
         self.checkpoints = self.run_dir.path / "checkpoints"
         if self.rank == 0:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
+            checkpoint.remove_partial(self.checkpoints)
+        self.writer = Writer(
+            self.checkpoints,
+            rank=self.rank,
+            ranks=self.world,
+            keep_last=recipe.schedule.keep_last,
+            completed=lambda path: self.parts.telemetry.event("checkpoint", str(path)),
+        )
         found, broken = checkpoint.newest(self.checkpoints, rank=self.rank, world=self.world)
         source = str(found / "model") if found else None
         self.parts = self._build(
@@ -154,9 +162,10 @@ class Engine:
         return micro
 
     def _settle(self, request: Stop, micro: list[Any]) -> None:
-        """One small all-reduce a step: requests to stop, and the counts that the global batch's means are over."""
+        """One small all-reduce a step: requests to stop, whether a checkpoint under way has failed, and the counts that
+        the global batch's means are over."""
         auxiliary = self.passes.auxiliary_counts(micro)
-        own = [request == Stop.NOW, request == Stop.AFTER_CHECKPOINT]
+        own = [request == Stop.NOW, request == Stop.AFTER_CHECKPOINT, self.writer.failed]
         counts = [
             sum(map(self.parts.objective.denominator, micro)),
             sum(m.tokens for m in micro),
@@ -164,7 +173,10 @@ class Engine:
         ]
         # The other stages of a pipeline have the same rows.
         own += counts if self.layout.first_stage else [0.0] * len(counts)
-        now, later, count, tokens, *sums = all_reduce([float(value) for value in own], self.device)
+        now, later, failed, count, tokens, *sums = all_reduce([float(value) for value in own], self.device)
+        if failed:
+            self.writer.finish()  # raises
+        self.writer.look()
         self.stop = Stop.AFTER_CHECKPOINT if later else Stop.NOW if now else Stop.NO
         self.shares = Shares(count or 1.0, tokens or 1.0, dict(zip(auxiliary, sums, strict=True)))
 
@@ -214,6 +226,7 @@ class Engine:
         self.parts.train.load_state_dict(loader)
         self.accelerator.set_rng_state(generators)
         self.save()
+        self.writer.finish()
         raise RunError(
             f"Loss or gradient was not finite in {limit} steps in a row (schedule.max_skipped), up to step "
             f"{progress.step}; the last good state is saved as "
@@ -266,11 +279,30 @@ class Engine:
             self.parts.telemetry.log(self.progress.step, to_values(reduced))
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one already."""
+        """A checkpoint of this step, unless there is one already; it is complete when ``writer`` says so.
+
+        Raises:
+            CheckpointError: on every rank, if any could not write this one or, in the background, the one before.
+        """
         if self.saved_step == self.progress.step:
             return
         self._status()
-        state = {
+        with self.clock.part("checkpoint"):
+            self.writer.start(
+                self.progress.step,
+                model=self.parts.model,
+                writes=self.layout.writes,
+                optimizer_state=self.optimizer.named_state(),
+                write_model=self.parts.write_model,
+                state=self._state(),
+            )
+            if not self.recipe.schedule.async_save:
+                self.writer.finish()
+        self.saved_step = self.progress.step
+
+    def _state(self) -> dict[str, Any]:
+        """What ``state.json`` holds."""
+        return {
             **asdict(self.progress),
             "loader": self.parts.train.state_dict(),
             "rng": gather_objects(self.accelerator.rng_state()),
@@ -284,19 +316,6 @@ class Engine:
             "dtype": self.recipe.model.dtype,
             "recipe": self.recipe.hash,
         }
-        written = checkpoint.save(
-            self.checkpoints,
-            self.progress.step,
-            write_model=self.parts.write_model,
-            optimizer_state=self.optimizer.named_state(),
-            shards=ShardedFiles(self.parts.model, self.layout.writes) if self.layout.cuts_model else None,
-            state=state,
-            rank=self.rank,
-            keep_last=self.recipe.schedule.keep_last,
-        )
-        self.saved_step = self.progress.step
-        if self.rank == 0:
-            self.parts.telemetry.event("checkpoint", str(written))
 
     def _resume(self, found: Any) -> None:
         """Take up everything that a checkpoint holds; with the same ranks, the next step is as if never stopped."""
@@ -316,6 +335,7 @@ class Engine:
         """Leave the run in its final state."""
         if self.stop == Stop.AFTER_CHECKPOINT:
             self.save()
+        self.writer.finish()
         state = "stopped" if self.stop else "succeeded"
         self._status(state=state)
         if self.rank == 0:
@@ -325,6 +345,7 @@ class Engine:
     def fail(self, sentence: str) -> None:
         """Close the sinks of a run that ends by an exception."""
         if self.parts is not None:
+            self.writer.leave()
             self.parts.telemetry.event("failed", sentence)
             self.parts.telemetry.close("failed")
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from lab_utils.data.rows import PackedRows
+from lab_utils.models.base import RoutingRecord
 from lab_utils.telemetry.reductions import Mean, Metric, reduce_metrics
 
 
@@ -34,7 +35,13 @@ class Passes:
     """
 
     def __init__(self, parts: Any, booster: Any, model: Any, optimizer: Any, layout: Any) -> None:
-        self.parts, self.booster, self.model, self.optimizer, self.layout = parts, booster, model, optimizer, layout
+        self.parts, self.booster, self.model, self.optimizer, self.layout = (
+            parts,
+            booster,
+            model,
+            optimizer,
+            layout,
+        )
         # A model with auxiliary losses of its own tells their counts, and weighs tokens as the objective does.
         self._counts_of = getattr(parts.model, "auxiliary_counts", None)
 
@@ -61,8 +68,10 @@ class Passes:
 
     def loss(self, rows: PackedRows, shares: Shares) -> tuple[torch.Tensor, dict[str, Metric]]:
         """This micro-batch's share of the global batch's loss, and its metrics."""
-        weights = () if self._counts_of is None else (rows.loss_weights,)
-        output = self.model(rows.input_ids, rows.position_ids, rows.document_ids, *weights)
+        options = {} if self._counts_of is None else {"loss_weights": rows.loss_weights}
+        if "routing" in rows.side:
+            options["routing"] = RoutingRecord.from_rows(rows.side["routing"])
+        output = self.model(rows.input_ids, rows.position_ids, rows.document_ids, **options)
         return self._total(output, rows, shares)
 
     def look(self, batches: list[PackedRows]) -> list[dict[str, Metric]]:
@@ -82,9 +91,7 @@ class Passes:
             self._through_stages(micro, Shares(), found, None)
         return found
 
-    def _total(
-        self, output: Any, rows: PackedRows, shares: Shares
-    ) -> tuple[torch.Tensor, dict[str, Metric]]:
+    def _total(self, output: Any, rows: PackedRows, shares: Shares) -> tuple[torch.Tensor, dict[str, Metric]]:
         """The objective's loss plus the auxiliary ones of an output.
 
         An auxiliary loss is a mean over its own count. A model without ``auxiliary_counts`` cannot say what that will

@@ -201,18 +201,19 @@ def _deal(run: list, sharding: Sharding, loads: list[int]) -> tuple[list[Place],
 
     ``loads`` goes on from bucket to bucket, so that ranks are even over all of them.
     """
-    sizes = [view.rows * view.cols for _, _, views in run for view in views]
-    chosen: dict[int, int] = {}
-    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
-        chosen[i] = min(range(sharding.shards), key=lambda row: (loads[row], row))
-        loads[chosen[i]] += sizes[i]
-    owners = iter(chosen[i] for i in range(len(sizes)))
+    from lab_utils.optim.muon import assign
+
+    sizes = [view.size for _, _, views in run for view in views]
+    chosen = assign(sizes, sharding.shards, loads)
+    for row, size in zip(chosen, sizes, strict=True):
+        loads[row] += size
+    owners = iter(chosen)
     filled = [0] * sharding.shards
     places = []
     for name, parameter, views in run:
         pieces = []
         for view in views:
-            row, size = next(owners), view.rows * view.cols
+            row, size = next(owners), view.size
             pieces.append(Piece(row, filled[row], view.start, size, (view.rows, view.cols)))
             filled[row] += size
         places.append(Place(name, parameter, sharding, pieces))

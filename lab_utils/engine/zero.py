@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -249,7 +250,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
                     for p, st in zip(bucket.places, states, strict=True)
                 ]
                 for i, (place, rows) in enumerate(self._gathered(bucket, sources, torch.float32)):
-                    owner = place.index % sharding.ranks == sharding.rank
+                    owner = crc32(place.name.encode()) % sharding.ranks == sharding.rank
                     if owner and (key == "master" or any(part[i] for part in stepped)):
                         whole = rows.new_empty(place.working.numel())
                         place.fill(whole, rows)
@@ -257,6 +258,17 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
             for place, tensors, scalar in zip(bucket.places, found, merged, strict=True):
                 if tensors:
                     yield place.name, place.rows, tensors | scalar
+
+    @torch.no_grad()
+    def named_gradients(self) -> Iterator[tuple[str, Rows, Tensor]]:
+        """Summed gradient of each parameter by name, with the rows of it that this rank holds; collective, as is
+        ``named_state``. To be asked after the last backward pass of a step, before ``step``."""
+        for bucket in self.buckets:
+            sources = [place.own_columns(bucket.own_gradients) for place in bucket.places]
+            for place, rows in self._gathered(bucket, sources, torch.float32):
+                whole = rows.new_empty(place.working.numel())
+                place.fill(whole, rows)
+                yield place.name, place.rows, whole.view(place.shape)
 
     @property
     def places_by_name(self) -> dict[str, Place]:

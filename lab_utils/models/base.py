@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
@@ -39,6 +40,14 @@ class RoutingRecord:
 
     experts: list[Tensor] = field(default_factory=list)
 
+    def to_rows(self, rows: int) -> Tensor:
+        """As a side tensor of packed rows ``[B, T, L, k]``, L layers: it is cut into micro-batches with them."""
+        return torch.stack(self.experts, 1).unflatten(0, (rows, -1))
+
+    @classmethod
+    def from_rows(cls, experts_BTLk: Tensor) -> RoutingRecord:
+        return cls([each.flatten(0, 1) for each in experts_BTLk.unbind(2)])
+
 
 @runtime_checkable
 class TrainableModel(Protocol):
@@ -50,7 +59,7 @@ class TrainableModel(Protocol):
 
     A mixture of experts also has ``finish_step(all_reduce, applied) -> dict[str, Metric]``, to be called after each
     optimizer step; ``record_routing()``, a context that gives the ``RoutingRecord`` of the forward pass inside; and
-    takes such a record as ``routing`` in its forward pass.
+    takes such a record as ``routing`` in its forward pass, from ``PackedRows.side["routing"]`` where that is there.
     """
 
     config: Any  # transformers configuration

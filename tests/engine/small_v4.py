@@ -35,14 +35,6 @@ SMALL = {
 }
 
 
-# Eight layers, for pipelines of up to eight stages.
-DEEP = {
-    "num_hidden_layers": 8,
-    "layer_types": [*SMALL["layer_types"], *SMALL["layer_types"], *SMALL["layer_types"][1:]],
-    "mlp_layer_types": ["hash_moe"] * 2 + ["moe"] * 6,
-}
-
-
 def small_config(**changes: Any) -> Any:
     from lab_utils.models.presets import preset
 

@@ -143,8 +143,10 @@ def test_too_many_in_a_row_end_the_run_at_its_last_good_state(two: dict[str, Any
 
 def test_a_request_to_stop_is_agreed_and_kept(two: dict[str, Any]) -> None:
     seen = two["stops_when_asked"]
-    assert seen["stop"] == {"step": 2, "checkpoints": [], "state": "stopped"}
-    assert seen["checkpoint_and_stop"] == {"step": 2, "checkpoints": ["step-000002"], "state": "stopped"}
+    expected = {"step": 2, "checkpoints": [], "complete_when_stopped": [], "state": "stopped"}
+    assert seen["stop"] == expected
+    saved = ["step-000002"]
+    assert seen["checkpoint_and_stop"] == {**expected, "checkpoints": saved, "complete_when_stopped": saved}
 
 
 def test_only_the_last_checkpoints_stay(two: dict[str, Any]) -> None:
@@ -160,7 +162,8 @@ def test_a_logged_line_has_every_number_and_no_unknown_one(two: dict[str, Any]) 
 
     line = {k: v for k, v in two["keeps_the_last"]["last"].items() if k not in ("step", "time")}
     assert not [key for key in line if lookup(key) is None]
-    parts = sum(line[f"perf/time/{part}"] for part in ("data", "forward_backward", "optimizer", "other"))
+    names = ("data", "forward_backward", "optimizer", "checkpoint", "other")
+    parts = sum(line[f"perf/time/{name}"] for name in names)
     assert parts == pytest.approx(line["perf/step_time"], rel=1e-6)
     assert line["perf/tokens_per_s"] == pytest.approx(2 * line["perf/tokens_per_s_per_chip"])
     assert 0 < line["perf/mfu"] < 1 and 0 < line["perf/padding_frac"] < 0.3
@@ -177,11 +180,31 @@ def test_a_logged_line_has_every_number_and_no_unknown_one(two: dict[str, Any]) 
         assert key in line, key
 
 
-def test_a_full_disk_costs_nothing_that_was_saved(two: dict[str, Any]) -> None:
-    seen = two["survives_a_full_disk"]
-    assert "rank 1 could not write the checkpoint" in seen["message"] and "make room" in seen["message"]
+@pytest.mark.parametrize("case", ["background", "last", "blocking"])
+def test_a_full_disk_costs_nothing_that_was_saved(two: dict[str, Any], case: str) -> None:
+    seen = two["survives_a_full_disk"][case]
+    assert len(seen["messages"]) == 2 and len(set(seen["messages"])) == 1, "every rank says the same"
+    message = seen["messages"][0]
+    assert "step-000004: rank 1 could not write the checkpoint" in message and "make room" in message
     assert seen["left"] == ["step-000002"], "no half-written folder stays"
-    assert seen["resumed_to"] == 6
+    assert seen["resumed_to"] == (4 if case == "last" else 6)
+
+
+@pytest.mark.parametrize("case", ["float32", "bfloat16", "experts"])
+def test_a_checkpoint_written_late_is_the_one_of_its_step(two: dict[str, Any], case: str) -> None:
+    seen = two["saves_beside_training"][case]
+    assert seen["exact"] == {str(step): True for step in range(1, 7)}
+    for what in ("undisturbed", "resumed", "losses"):
+        assert seen[what], what
+    assert seen["events"] == [f"step-{step:06d}" for step in range(1, 7)]
+    assert seen["waited"][0] == 0 and all(seconds > 0 for seconds in seen["waited"][1:])
+    assert seen["left"] == ["COMPLETE", "MANIFEST.json", "model", "optimizer", "state.json"]
+
+
+def test_a_step_waits_for_no_writer(two: dict[str, Any]) -> None:
+    seen = two["steps_go_on_while_a_checkpoint_is_written"]
+    assert seen["at_four"] == [] and seen["written"] == ["step 4 is done", 2, 4, 6]
+    assert seen["blocking_at_three"] == ["step-000002"]
 
 
 def test_a_damaged_checkpoint_is_named_and_never_loaded(two: dict[str, Any]) -> None:

@@ -8,20 +8,25 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from small_v4 import DEEP, DocumentRows, builder, write_source
+from safetensors.torch import load_file
+from small_v4 import DocumentRows, builder, write_source
 from standin import RowLoader, TinyModel, dense_logprob, make_parts
 
 from lab_utils.accelerators import get_accelerator
-from lab_utils.engine import colossal
-from lab_utils.engine.checkpoint import OptimizerFiles
+from lab_utils.engine import checkpoint, colossal
+from lab_utils.engine.checkpoint import OptimizerFiles, Share
 from lab_utils.engine.engine import Engine
 from lab_utils.errors import LabError
 from lab_utils.models.load import load_model
@@ -309,9 +314,10 @@ def stops_at_the_last_good_state(folder: Path) -> Any:
 
 @trial
 def stops_when_asked(folder: Path) -> Any:
-    """``stop`` leaves no checkpoint, ``checkpoint_and_stop`` does; the state is ``stopped``."""
+    """``stop`` leaves no checkpoint, ``checkpoint_and_stop`` does, before the state is ``stopped``."""
     result = {}
     for action in ("stop", "checkpoint_and_stop"):
+        seen: list[str] = []
 
         def ask(engine: Engine, action: str = action) -> None:
             log = engine.log
@@ -323,8 +329,21 @@ def stops_when_asked(folder: Path) -> Any:
 
             engine.log = logged
 
-        engine = run(folder / action, recipe(), ask)
+        def watch(engine: Engine, ask: Callable[[Engine], None] = ask, seen: list[str] = seen) -> None:
+            ask(engine)
+            write_status = engine.run_dir.write_status
+
+            def writing(**changes: Any) -> None:
+                if changes.get("state") == "stopped":
+                    seen.extend(p.name for p in checkpoint.complete(engine.checkpoints))
+                write_status(**changes)
+
+            engine.run_dir.write_status = writing
+
+        with writers(lambda step: time.sleep(0.3)):
+            engine = run(folder / action, recipe(), watch)
         result[action] = {
+            "complete_when_stopped": seen,
             "step": engine.progress.step,
             "checkpoints": sorted(p.name for p in (folder / action / "checkpoints").iterdir()),
             "state": engine.run_dir.status["state"],
@@ -347,9 +366,8 @@ def keeps_the_last(folder: Path) -> Any:
 
 @trial
 def survives_a_full_disk(folder: Path) -> Any:
-    """A file-size limit stands for the disk: the later checkpoint fails, the earlier one is untouched and
-    resumable.
-    """
+    """A file-size limit on one rank stands for the disk: that checkpoint fails on all ranks, the earlier one is
+    untouched and resumable."""
     import resource
     import signal
 
@@ -362,23 +380,159 @@ def survives_a_full_disk(folder: Path) -> Any:
         def saving() -> None:
             if engine.progress.step == 4 and engine.rank == engine.world - 1:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
-            try:
-                save()
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            save()
 
         engine.save = saving
 
-    spec = recipe(schedule__save_every=2)
-    message = ""
+    result = {}
+    for name, changes in {
+        "background": {},
+        "last": {"schedule.steps": 4},
+        "blocking": {"schedule.async_save": False},
+    }.items():
+        spec = recipe(schedule__save_every=2).with_changes(changes)
+        message = ""
+        try:
+            run(folder / name, spec, fill)
+        except LabError as error:
+            message = str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        messages: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+        left = sorted(p.name for p in (folder / name / "checkpoints").iterdir())
+        again = run(folder / name, spec)
+        result[name] = {"messages": messages, "left": left, "resumed_to": again.progress.step}
+    return result
+
+
+@contextmanager
+def writers(before: Callable[[int], None]) -> Iterator[None]:
+    """Every writer of this rank first calls ``before`` with the step of its checkpoint."""
+    write = Share.write
+
+    def writing(share: Share, target: Path) -> Any:
+        before(int(target.name.removesuffix(".partial").rpartition("-")[2]))
+        return write(share, target)
+
+    Share.write = writing
     try:
-        run(folder, spec, fill)
-    except LabError as error:
-        message = str(error)
-    dist.barrier()
-    left = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    again = run(folder, spec)
-    return {"message": message, "left": left, "resumed_to": again.progress.step}
+        yield
+    finally:
+        Share.write = write
+
+
+def after_each_step(engine: Engine, look: Callable[[Engine], None]) -> None:
+    log = engine.log
+
+    def logged(metrics: Any) -> None:
+        log(metrics)
+        look(engine)
+
+    engine.log = logged
+
+
+def joined(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    """What ``masters`` found, with the rows of each parameter one after the other."""
+    parts: dict[str, list[tuple[int, dict[str, torch.Tensor]]]] = {}
+    for key, value in state.items():
+        name, _, start = key.removesuffix("]").partition("[")
+        parts.setdefault(name, []).append((int(start or 0), value))
+    whole = {}
+    for name, runs in parts.items():
+        runs.sort(key=lambda run: run[0])
+        whole[name] = {
+            kind: torch.cat([run[kind] for _, run in runs]) if value.ndim else value
+            for kind, value in runs[0][1].items()
+        }
+    return whole
+
+
+@trial
+def saves_beside_training(folder: Path) -> Any:
+    """A checkpoint each step, held up on every rank until the next step has changed everything in place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cases: dict[str, tuple[Recipe, Any]] = {
+        dtype: (recipe(model__dtype=dtype, schedule__micro_rows=2), make_parts)
+        for dtype in ("float32", "bfloat16")
+    }
+    spread = v4_recipe(folder, 6, 4, 48, {"num_experts_per_tok": 2}, **{"parallel.ep": 2})
+    cases["experts"] = (spread, builder(8, 2, 24))
+    result = {}
+    for name, (spec, build) in cases.items():
+        steps = spec.schedule.steps
+        once = run(folder / name / "once", spec, build=build)
+        moved = {step: threading.Event() for step in range(1, steps + 1)}
+        moved[steps].set()  # no step follows
+        kept: dict[int, Any] = {}
+
+        def look(engine: Engine, kept: dict[int, Any] = kept, moved: dict[int, Any] = moved) -> None:
+            kept[engine.progress.step] = joined(masters(engine))
+            if engine.progress.step > 1:
+                moved[engine.progress.step - 1].set()
+
+        def held(step: int, moved: dict[int, Any] = moved) -> None:
+            assert moved[step].wait(120)
+
+        with writers(held):
+            where = folder / name / "beside"
+            often = spec.with_changes({"schedule.save_every": 1, "schedule.keep_last": 10})
+            beside = run(where, often, lambda engine, look=look: after_each_step(engine, look), build)
+        exact = {}
+        for step, state in kept.items():
+            path = where / "checkpoints" / f"step-{step:06d}"
+            files, saved = OptimizerFiles(path), load_file(path / "model" / "model.safetensors")
+            exact[step] = (
+                not checkpoint.problems(path)
+                and same(state, {key: files.read(key) for key in files.names()})
+                and all(
+                    torch.equal(v["master"].to(saved[k].dtype).view_as(saved[k]), saved[k])
+                    for k, v in state.items()
+                )
+                and checkpoint.read_state(path)["step"] == step
+            )
+        dist.barrier()
+        if dist.get_rank() == 0:
+            third = Path("checkpoints") / "step-000003"
+            shutil.copytree(where / third, folder / name / "resumed" / third)
+        dist.barrier()
+        again = run(folder / name / "resumed", spec, build=build)
+        events = [json.loads(line) for line in (where / "events.jsonl").read_text().splitlines()]
+        result[name] = {
+            "exact": exact,
+            "undisturbed": same(weights(once), weights(beside)) and same(masters(once), masters(beside)),
+            "resumed": same(weights(once), weights(again)) and same(masters(once), masters(again)),
+            "losses": losses(folder / name / "once") == losses(where),
+            "events": [e["message"][-11:] for e in events if e["kind"] == "checkpoint"],
+            "waited": [x["perf/time/checkpoint"] for x in lines(where) if "perf/time/checkpoint" in x],
+            "left": sorted({p.name for p in (where / "checkpoints" / "step-000001").iterdir()}),
+        }
+    return result
+
+
+@trial
+def steps_go_on_while_a_checkpoint_is_written(folder: Path) -> Any:
+    """The writers of step 2 are held up until step 4 is done; with ``async_save`` off step 3 finds it complete."""
+    let_go, written = threading.Event(), []
+    complete: dict[int, list[str]] = {}
+
+    def held(step: int) -> None:
+        assert let_go.wait(120)
+        written.append(step)
+
+    def look(engine: Engine) -> None:
+        complete[engine.progress.step] = [p.name for p in checkpoint.complete(engine.checkpoints)]
+        if engine.progress.step == 4:
+            written.append("step 4 is done")
+            let_go.set()
+
+    spec = recipe(schedule__save_every=2, schedule__keep_last=5)
+    with writers(held):
+        run(folder / "beside", spec, lambda engine: after_each_step(engine, look))
+    at_four, complete = complete[4], {}
+    blocking = spec.with_changes({"schedule.async_save": False})
+    run(folder / "blocking", blocking, lambda engine: after_each_step(engine, look))
+    return {"at_four": at_four, "written": written[:4], "blocking_at_three": complete[3]}
 
 
 @trial
@@ -500,44 +654,6 @@ def v4_in_bf16_with_checkpointing(folder: Path) -> Any:
         engine = run(folder / name, v4_recipe(folder, 5, 4, 48, **changes), build=builder(8, 2, 24))
         result[name] = losses(folder / name)
         result[name + "_dtypes"] = sorted({str(p.dtype) for p in engine.parts.model.state_dict().values()})
-    return result
-
-
-def layouts(world: int) -> dict[str, dict[str, Any]]:
-    """Layouts of so many ranks, the plain one first."""
-    found = {"dp": {}}
-    for pp in (1, 2, 4):
-        for ep in (1, 2, 4):
-            if world % pp or (world // pp) % ep or ep * pp == 1:
-                continue
-            found[f"ep{ep}_pp{pp}"] = {"parallel.ep": ep, "parallel.pp": pp}
-            if pp > 1:
-                found[f"ep{ep}_pp{pp}_interleaved"] = {**found[f"ep{ep}_pp{pp}"], "parallel.virtual_stages": 2}
-    return found
-
-
-@trial
-def every_layout_follows_data_parallelism(folder: Path) -> Any:
-    """The same run with experts spread over ranks, and layers over stages."""
-    folder.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {}
-    expected: dict[str, Any] = {}
-    for name, changes in layouts(dist.get_world_size()).items():
-        if os.environ.get("ONLY") and name not in os.environ["ONLY"].split(","): continue
-        config = {"num_experts_per_tok": 2, **DEEP}
-        spec = v4_recipe(folder, 20, 16, 48, config, **{"optim.eps": 1e-6, "schedule.micro_rows": 1, **changes})
-        engine = run(folder / name, spec, build=builder(32, 2, 24))
-        files = OptimizerFiles(folder / name / "checkpoints" / "step-000020")
-        state = {key: files.read(key)["master"] for key in files.names()}
-        if not expected:
-            expected = {"losses": losses(folder / name), "state": state}
-        errors = {k: float((state[k] - v).norm() / v.norm().clamp(min=1e-12)) for k, v in expected["state"].items()}
-        result[name] = {
-            "loss": worst(losses(folder / name), expected["losses"]),
-            "parameters": max(errors.values()),
-            "worst_parameter": max(errors, key=errors.__getitem__),
-            "held": sum(p.numel() for p in engine.parts.model.parameters()),
-        }
     return result
 
 

@@ -172,7 +172,9 @@ def test_the_count_of_the_indexer_loss_is_known_before_the_forward_pass(seed, tm
     ids, positions, documents = rows(torch.randint(1, 40, (4,)).tolist(), 97)
     documents[:, -5:] = -1  # padding counts for nothing
     kl = ours(ids, positions, documents).auxiliary.get("indexer_kl")
-    assert float(ours.auxiliary_counts(positions, documents)["indexer_kl"]) == (float(kl.count) if kl else 0.0)
+    assert float(ours.auxiliary_counts(positions, documents)["indexer_kl"]) == (
+        float(kl.count) if kl else 0.0
+    )
 
 
 def test_checkpointing_changes_memory_not_gradients(tmp_path):

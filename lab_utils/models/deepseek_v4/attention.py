@@ -85,9 +85,7 @@ class GroupedLinear(nn.Module):
         self.groups, self.weight = groups, nn.Parameter(torch.empty(groups * outputs, inputs))
 
     def forward(self, x_BTX: Tensor) -> Tensor:
-        x_GNI = x_BTX.reshape(-1, self.groups, self.weight.shape[1]).transpose(0, 1)
-        y_GNO = torch.bmm(x_GNI, self.weight.unflatten(0, (self.groups, -1)).transpose(1, 2))
-        return y_GNO.transpose(0, 1).reshape(*x_BTX.shape[:-1], -1)
+        return operator("linear", x_BTX)(x_BTX, self.weight.unflatten(0, (self.groups, -1)))
 
 
 class Attention(nn.Module):

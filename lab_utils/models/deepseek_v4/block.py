@@ -2,8 +2,8 @@
 
 What a block keeps for its backward pass, in numbers a token beside what attention and experts keep themselves (D model,
 4 streams): ``none`` 14 D, the streams before attention and before the experts, and input, normed input and output of
-both. ``mhc`` 8 D: the streams before the experts are made again from those before attention. ``attention``: as none, and
-attention is made again from its input. ``full``: 4 D, the block's input, and everything is made again.
+both. ``mhc`` 8 D: the streams before the experts are made again from those before attention. ``attention``: as none,
+and attention is made again from its input. ``full``: 4 D, the block's input, and everything is made again.
 
 Legend: B rows, T tokens, N = B·T, n streams, D model, k experts of a token.
 """
@@ -71,9 +71,7 @@ class Layer(nn.Module):
     def _with_streams_again(self, h_BTnD: Tensor, context: Context, given_Nk: Tensor | None) -> BlockOutput:
         y_attn, kl = self.self_attn(_again(self._into_attention)(h_BTnD), context)
         y_ffn, routed = self.mlp(_again(self._into_experts)(h_BTnD, y_attn), context, given_Nk)
-        return BlockOutput(
-            _again(self._out)(h_BTnD, y_attn, y_ffn), kl, routed.balance, routed.experts_Nk
-        )
+        return BlockOutput(_again(self._out)(h_BTnD, y_attn, y_ffn), kl, routed.balance, routed.experts_Nk)
 
     def _into_attention(self, h_BTnD: Tensor) -> Tensor:
         return self.input_layernorm(self.attn_hc.collapse(h_BTnD)[0])

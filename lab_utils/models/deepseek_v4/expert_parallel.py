@@ -13,6 +13,9 @@ L = E / ep experts of a rank, P ranks of the group.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -57,7 +60,8 @@ def exchange_experts(
     dist.all_to_all_single(arriving_PL, counts_PL, group=group)
     sent, received = torch.stack([counts_PL.sum(1), arriving_PL.sum(1)]).tolist()  # the one wait of the host
 
-    rows_RD = _AllToAll.apply(_Spread.apply(x_ND, order_M, k), received, sent, group)
+    rows_MD = operator("expert_dispatch", x_ND)(x_ND, order_M, k)
+    rows_RD = _AllToAll.apply(rows_MD, received, sent, group)
     share_M1 = weights_Nk.reshape(-1, 1).index_select(0, order_M)
     share_R1 = _AllToAll.apply(share_M1, received, sent, group)
     # Rows arrive by source, and within a source by expert.
@@ -65,7 +69,45 @@ def exchange_experts(
     expert_R1 = torch.repeat_interleave(expert_L, arriving_PL.flatten(), output_size=sum(received))[:, None]
     run = operator("grouped_swiglu", x_ND)
     out_RD = run(rows_RD, expert_R1, share_R1, gate_up_LGD, down_LDF, limit)
-    return _Collect.apply(_AllToAll.apply(out_RD, sent, received, group), order_M, k)
+    rows_MD = _AllToAll.apply(out_RD, sent, received, group)
+    return operator("expert_combine", rows_MD)(rows_MD, order_M, k)
+
+
+class Beside:
+    """Work on a stream of its own while this one waits for other ranks; without streams it runs at once.
+
+    Autograd runs a backward pass on the stream of its forward pass and orders the two by itself.
+
+    Args:
+        device: of the tensors.
+        wanted: False runs at once on any device.
+    """
+
+    def __init__(self, device: torch.device, wanted: bool) -> None:
+        module = getattr(torch, device.type, None) if wanted else None
+        self._module = module if hasattr(module, "Stream") and device.type != "cpu" else None
+        if self._module is not None:
+            self._stream = _streams.get(device) or _streams.setdefault(device, module.Stream(device))
+
+    def run(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """``function(x)``, of which nothing may be read before ``wait``."""
+        if self._module is None:
+            return function(x)
+        self._stream.wait_stream(self._module.current_stream())
+        with self._module.stream(self._stream):
+            y = function(x)
+        x.record_stream(self._stream)  # memory that goes free here is not to be given away under the other stream
+        return y
+
+    def wait(self, y: Tensor) -> Tensor:
+        """The result, for this stream to read."""
+        if self._module is not None:
+            self._module.current_stream().wait_stream(self._stream)
+            y.record_stream(self._module.current_stream())
+        return y
+
+
+_streams: dict[torch.device, Any] = {}
 
 
 class _AllToAll(torch.autograd.Function):
@@ -83,40 +125,3 @@ class _AllToAll(torch.autograd.Function):
         back = grad.new_empty(sum(ctx.sent), *grad.shape[1:])
         dist.all_to_all_single(back, grad.contiguous(), ctx.sent, ctx.received, group=ctx.group)
         return back, None, None, None
-
-
-class _Spread(torch.autograd.Function):
-    """A row for each assignment, in order of experts; the gradient sums a token's rows in a fixed order."""
-
-    @staticmethod
-    def forward(ctx, x_ND, order_M, k):
-        ctx.save_for_backward(order_M)
-        ctx.k = k
-        return x_ND.index_select(0, order_M // k)
-
-    @staticmethod
-    def backward(ctx, grad_MD):
-        (order_M,) = ctx.saved_tensors
-        return _sum_of_token(grad_MD, order_M, ctx.k), None, None
-
-
-class _Collect(torch.autograd.Function):
-    """The sum of each token's rows; its gradient goes to all of them."""
-
-    @staticmethod
-    def forward(ctx, rows_MD, order_M, k):
-        ctx.save_for_backward(order_M)
-        ctx.k = k
-        return _sum_of_token(rows_MD, order_M, k)
-
-    @staticmethod
-    def backward(ctx, grad_ND):
-        (order_M,) = ctx.saved_tensors
-        return grad_ND.index_select(0, order_M // ctx.k), None, None
-
-
-def _sum_of_token(rows_MD: Tensor, order_M: Tensor, k: int) -> Tensor:
-    """``[N, D]`` from rows in order of experts: a gather, so deterministic, summed in at least fp32."""
-    place_M = torch.empty_like(order_M)
-    place_M.scatter_(0, order_M, torch.arange(len(order_M), device=order_M.device))
-    return rows_MD.index_select(0, place_M).view(-1, k, rows_MD.shape[1]).sum(1)

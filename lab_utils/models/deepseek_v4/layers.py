@@ -64,6 +64,13 @@ def uninitialised(kind: type[nn.Module], *args: Any, **kwargs: Any) -> nn.Module
     return nn.utils.skip_init(kind, *args, device=torch.get_default_device(), **kwargs)
 
 
-def linear(inputs: int, outputs: int) -> nn.Linear:
+class Linear(nn.Linear):
+    """A linear map without bias by the kernel of that name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return operator("linear", x)(x, self.weight)
+
+
+def linear(inputs: int, outputs: int) -> Linear:
     """A linear map without bias, uninitialised."""
-    return uninitialised(nn.Linear, inputs, outputs, bias=False)
+    return uninitialised(Linear, inputs, outputs, bias=False)

@@ -37,7 +37,11 @@ def deferred(
 ) -> DeepseekV4:
     """The model, with its ``materialise`` set: from a checkpoint folder, or fresh where there is none."""
     put = partial(_put, model, dtype=dtype, device=device)
-    fill = partial(_from_checkpoint, model, folder, put, seed) if folder else partial(initialize, model, seed, put)
+    fill = (
+        partial(_from_checkpoint, model, folder, put, seed)
+        if folder
+        else partial(initialize, model, seed, put)
+    )
 
     def materialise() -> None:
         fill()
@@ -75,7 +79,9 @@ def _from_checkpoint(model: DeepseekV4, folder: Path, put: Callable[[str, Tensor
     found = {name: reader.shape(name) for name in reader.names()}
     fresh = bool(len(model.mtp)) and not any(name.startswith("mtp.") for name in found)
     if fresh:
-        _log.warning("%s has no tensors of multi-token prediction (mtp.*): they start fresh, by seed.", folder)
+        _log.warning(
+            "%s has no tensors of multi-token prediction (mtp.*): they start fresh, by seed.", folder
+        )
     for name, shape in model.whole_shapes.items():
         if fresh and name.startswith("mtp."):
             continue

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from lab_utils.models.deepseek_v4.balance import sequence_balance
-from lab_utils.models.deepseek_v4.expert_parallel import exchange_experts
+from lab_utils.models.deepseek_v4.expert_parallel import Beside, exchange_experts
 from lab_utils.models.deepseek_v4.layers import Context, linear, operator
 
 
@@ -130,5 +130,8 @@ class MoE(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         routed = self.gate(x_ND, context, given_Nk)
         experts_Nk, weights_Nk, _ = routed
-        y_ND = self.experts(x_ND, experts_Nk, weights_Nk) + self.shared_experts(x_ND)
-        return y_ND.view(x_BTD.shape), routed
+        # While tokens travel to their experts and back, a device computes the expert that stays at home.
+        beside = Beside(x_ND.device, wanted=self.experts.group is not None)
+        shared_ND = beside.run(self.shared_experts, x_ND)
+        y_ND = self.experts(x_ND, experts_Nk, weights_Nk)
+        return (y_ND + beside.wait(shared_ND)).view(x_BTD.shape), routed

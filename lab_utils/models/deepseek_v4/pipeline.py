@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lab_utils.errors import LayoutError
-from lab_utils.models.base import AuxiliaryLoss, ModelOutput
+from lab_utils.models.base import AuxiliaryLoss, ModelOutput, RoutingRecord
 from lab_utils.models.deepseek_v4.counting import layer_costs
 
 
@@ -115,17 +115,22 @@ def stage_forward(
         streams: what the stage before handed on ``[B, T, n, D]``; None in the first.
         stage_index: layers ``[start, stop)`` of this virtual stage; absent: of the rank's only one.
         stages: ColossalAI's stage manager.
-        batch: tensors of the micro-batch that the objective reads, not the model.
+        batch: other tensors of the micro-batch, which the objective reads; experts to take are in ``side.routing``.
 
     Returns:
         ``{"streams"}`` for the next stage; in the last one the model's output, with the auxiliary losses that arose
         there.
     """
-    at = model.begin(input_ids, position_ids, document_ids)
+    routing = batch.get("side.routing")
+    record = None if routing is None else RoutingRecord.from_rows(routing)
+    at = model.begin(input_ids, position_ids, document_ids, record)
     h_BTnD = model.embed(input_ids) if stages.is_first_stage() else streams
     start, stop = stage_index if stage_index is not None else model.stage.ranges[0]
     for number in range(start, stop):
         h_BTnD = at.run(model.model.layers[number], number, h_BTnD)
+    if torch.is_grad_enabled() and not h_BTnD.requires_grad:
+        # Nothing before here is trained (the indexer's warm-up), and the schedule will send a gradient all the same.
+        h_BTnD = h_BTnD.detach().requires_grad_()
     if stages.is_last_stage():
         return model.finish(at, h_BTnD, loss_weights)
     for name, loss in model.losses(at).items():

@@ -36,7 +36,9 @@ class DeepseekV4Policy(Policy):
             self.model.stage = Stage([(int(start), int(stop)) for start, stop in ranges])
             stages.stage_indices = self.model.stage.ranges
             if len(self.model.mtp):
-                self.model.model.embed_tokens.weight.both_ends = True  # read by the optimizer and by checkpoints
+                self.model.model.embed_tokens.weight.both_ends = (
+                    True  # read by the optimizer and by checkpoints
+                )
         return self.model
 
     def module_policy(self) -> dict[Any, ModulePolicyDescription]:

@@ -1,0 +1,97 @@
+"""Speed, traffic and memory of a layout; a worker of ``lab bench layout``.
+
+``torchrun … -m lab_utils.engine.bench options.json``
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lab_utils.accelerators import get_accelerator
+from lab_utils.data.rows import PackedRows
+from lab_utils.engine import colossal
+from lab_utils.engine.control import Stop
+from lab_utils.engine.engine import Engine
+from lab_utils.engine.parts import Parts
+from lab_utils.engine.reduce import gather_objects
+from lab_utils.engine.traffic import counted
+from lab_utils.engine.trial import model_of
+from lab_utils.objectives.sft import Sft
+from lab_utils.recipe import Recipe
+from lab_utils.runs.directory import RunDirectory
+
+
+class RandomRows:
+    """Rows of one document each of random tokens, all of them with loss."""
+
+    epoch = 0.0
+
+    def __init__(self, rows: int, tokens: int, vocabulary: int, rank: int, world: int) -> None:
+        self.shape, self.vocabulary = (rows // world, tokens), vocabulary
+        self.generator = torch.Generator().manual_seed(rank)
+
+    def next_step(self) -> PackedRows:
+        B, T = self.shape
+        ids = torch.randint(0, self.vocabulary, (B, T), generator=self.generator)
+        weights = torch.ones(B, T)
+        weights[:, 0] = 0
+        return PackedRows(ids, torch.arange(T).repeat(B, 1), torch.zeros(B, T, dtype=torch.long), weights)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def measure(options: dict[str, Any]) -> dict[str, Any]:
+    """``tokens_per_s`` of all ranks; ``bytes_sent_per_rank`` in a step and ``peak_mib``, the largest rank's."""
+    recipe = Recipe.parse(options["recipe"])
+    accelerator = get_accelerator(recipe.cluster.accelerator)
+    colossal.start(accelerator, 0)
+    folder = Path(options["folder"])
+    if dist.get_rank() == 0:
+        RunDirectory(folder).write_status(state="created")
+    dist.barrier()
+
+    def build(
+        recipe: Recipe, accelerator: Any, run_dir: Any, *, rank: int, world: int, device: Any, source: Any
+    ) -> Parts:
+        model = model_of(recipe, device=device, defer=True)
+        vocabulary = model.config.vocab_size
+        train = RandomRows(recipe.rows_per_step, recipe.data.row_tokens, vocabulary, rank, world)
+        return Parts(model=model, train=train, objective=Sft(), write_model=lambda *_, **__: None)
+
+    engine = Engine(recipe, accelerator, RunDirectory(folder), build)
+    engine.open()
+    accelerator.reset_memory_peak()
+    times, sent = [], 0
+    for step in range(options["warmup"] + options["steps"]):
+        dist.barrier()
+        start = time.perf_counter()
+        with counted() as traffic:
+            engine.update(engine.forward_backward(engine.load(Stop.NO)))
+        accelerator.synchronize()
+        dist.barrier()
+        if step >= options["warmup"]:
+            times.append(time.perf_counter() - start)
+            sent = max(sent, sum(traffic.values()))
+    found = gather_objects((sent, accelerator.memory().allocated_peak / 2**20))
+    return {
+        "tokens_per_s": recipe.schedule.batch_tokens / sorted(times)[len(times) // 2],
+        "bytes_sent_per_rank": max(bytes_sent for bytes_sent, _ in found),
+        "peak_mib": max(peak for _, peak in found),
+    }
+
+
+if __name__ == "__main__":
+    settings = json.loads(Path(sys.argv[1]).read_text())
+    row = measure(settings)
+    if dist.get_rank() == 0:
+        (Path(settings["folder"]) / "row.json").write_text(json.dumps(row))

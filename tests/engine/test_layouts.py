@@ -1,0 +1,92 @@
+"""A layout changes speed, not loss: real ranks beside one process, by the command that users run on their clusters."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lab_utils.bench.layouts import bench_layout, chosen_layouts, verify_layouts
+from lab_utils.errors import LayoutError
+from lab_utils.planner.layouts import layout_names
+
+pytestmark = pytest.mark.slow  # real processes: minutes
+
+TWO = ["dp2_ep2_pp1", "dp1_ep1_pp2_v2"]
+FOUR = ["dp4_ep4_pp1", "dp2_ep2_pp2", "dp1_ep1_pp4"]
+
+
+def check(rows: list[dict], layouts: list[str], optimizers: list[str]) -> None:
+    assert [(row["optimizer"], row["layout"]) for row in rows] == [
+        (o, n) for o in optimizers for n in layouts
+    ]
+    for row in rows:
+        assert row["ok"], row
+        assert row["max_loss_error"] <= 2e-5 and row["max_parameter_error"] <= 1e-4, row
+        assert row["max_gradient_error"] <= 1e-4, row
+        assert row["changed"] == row["tensors"] > 200, row
+
+
+def test_two_ranks_by_the_command_itself() -> None:
+    command = [sys.executable, "-m", "lab_utils.cli", "verify", "layouts", "--nproc", "2", "--json"]
+    done = subprocess.run([*command, "--layouts", ",".join(TWO)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    check(json.loads(done.stdout), TWO, ["adamw", "muon"])
+
+
+@pytest.mark.timeout(900)
+def test_four_ranks() -> None:
+    check(verify_layouts(4, layouts=FOUR, optimizers=["adamw", "muon"]), FOUR, ["adamw", "muon"])
+
+
+@pytest.mark.timeout(900)
+def test_eight_ranks_with_everything_at_once() -> None:
+    layouts = ["dp4_ep2_pp2_v2"]
+    check(verify_layouts(8, layouts=layouts, optimizers=["muon"]), layouts, ["muon"])
+
+
+def test_bf16_stays_within_a_percent() -> None:
+    (row,) = verify_layouts(2, layouts=["dp1_ep1_pp2"], optimizers=["muon"], dtype="bfloat16", steps=10)
+    assert row["ok"] and row["max_loss_error"] <= 1e-2, row
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"parallel.offload": True},
+        {"model.checkpointing": "mhc"},
+        {"model.checkpointing": "attention"},
+        {"model.checkpointing": "full"},
+        {"parallel.zero": 0},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_changes_no_loss(changes: dict) -> None:
+    rows = verify_layouts(2, layouts=["dp2_ep2_pp1"], optimizers=["muon"], steps=6, changes=changes)
+    check(rows, ["dp2_ep2_pp1"], ["muon"])
+
+
+def test_a_planted_error_is_found() -> None:
+    """The experts' balance weighs a hundredth more on one side: the matrix must see it."""
+    planted = {"model.balance_loss": 0.0101}
+    (row,) = verify_layouts(2, layouts=["dp2_ep1_pp1"], optimizers=["adamw"], steps=3, planted=planted)
+    assert not row["ok"] and row["max_gradient_error"] > 1e-4, row
+
+
+def test_the_bench_tells_speed_traffic_and_memory() -> None:
+    rows = bench_layout(2, layouts=["dp2_ep1_pp1", "dp2_ep2_pp1"], rows=4, row_tokens=64, steps=1)
+    assert [row["layout"] for row in rows] == ["dp2_ep1_pp1", "dp2_ep2_pp1"]
+    for row in rows:
+        assert row["tokens_per_s"] > 0 and row["bytes_sent_per_rank"] > 1e5 and row["peak_mib"] > 100
+    # Experts of one rank each are neither summed nor gathered; their tokens travel instead.
+    assert rows[1]["bytes_sent_per_rank"] != rows[0]["bytes_sent_per_rank"]
+
+
+def test_layouts_are_those_that_divide() -> None:
+    names = layout_names(8)
+    assert len(names) == 13 and "dp8_ep4_pp1" in names and "dp2_ep2_pp4_v2" in names
+    assert "dp2_ep4_pp4" not in names
+    with pytest.raises(LayoutError, match="no layout of 8 ranks; did you mean 'dp"):
+        chosen_layouts(8, ["dp4_ep2_pp3"])
