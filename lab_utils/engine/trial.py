@@ -180,6 +180,8 @@ class Truth:
     initial: dict[str, Tensor]
     final: dict[str, Tensor]  # masters, fp32, and buffers
     routing: list[Tensor]  # the experts of each token in batches 1, 2, …, [B, T, L, k]
+    norm: float = 0.0  # of the gradients of batch 0
+    evaluated: float = 0.0  # the objective's loss on batch 0 after half of the steps
 
 
 def plain_loop(recipe: Recipe, device: Any = "cpu") -> Truth:
@@ -214,6 +216,7 @@ def plain_loop(recipe: Recipe, device: Any = "cpu") -> Truth:
             truth.gradients = {
                 name: p.grad.clone() for name, p in masters.named_parameters() if p.grad is not None
             }
+            truth.norm = float(torch.stack([g.norm() for g in truth.gradients.values()]).norm())
             work.finish_step(lambda tensor: tensor, False)
             continue
         truth.routing.append(record.to_rows(ROWS).cpu())
@@ -230,6 +233,11 @@ def plain_loop(recipe: Recipe, device: Any = "cpu") -> Truth:
         with torch.no_grad():
             for mine, master in pairs:
                 mine.copy_(master)
+            if step == recipe.schedule.steps // 2:
+                rows = loader.whole(0).to(torch.device(device))
+                output = work.eval()(rows.input_ids, rows.position_ids, rows.document_ids)
+                truth.evaluated = objective(output.hidden_BTD, work.head_weight, rows).loss.value
+                work.train()
     truth.final = _copies(masters) | {name: b.clone() for name, b in work.named_buffers() if "bias" in name}
     return truth
 

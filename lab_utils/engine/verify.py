@@ -29,9 +29,10 @@ from lab_utils.engine import colossal
 from lab_utils.engine.control import Stop
 from lab_utils.engine.engine import Engine
 from lab_utils.engine.reduce import gather_objects, over_ranks
-from lab_utils.engine.trial import Truth, build_trial, plain_loop, trial_recipe, write_source
+from lab_utils.engine.trial import TrialRows, Truth, build_trial, plain_loop, trial_recipe, write_source
 from lab_utils.planner.layouts import layout_names
 from lab_utils.runs.directory import RunDirectory
+from lab_utils.telemetry.reductions import reduce_metrics
 
 # Largest relative error of a loss at any step, of a parameter at the end (gradients: of one batch), and of the indexer.
 TOLERANCES = {"float32": (2e-5, 1e-4, 2e-2), "bfloat16": (1e-2, None, None)}
@@ -85,17 +86,22 @@ def _one(recipe: Any, truth: Truth, folder: Path, accelerator: Any) -> dict[str,
     engine.open()
     engine.forward_backward(engine.load(Stop.NO))
     gradients = _worst(engine.optimizer.named_gradients(), truth.gradients)
+    # The norm that clipping goes by, on every rank.
+    norms = gather_objects(engine.optimizer.gradient_norm())
+    gradients = max(gradients, *(abs(norm - truth.norm) / truth.norm for norm in norms))
     engine.optimizer.zero_grad()
     engine.parts.model.finish_step(engine.layout.sum_over_data, False)
     engine.parts.train.routing = truth.routing
     worst_loss = indexer = 0.0
-    for expected in truth.losses:
+    for step, expected in enumerate(truth.losses, 1):
         metrics = engine.forward_backward(engine.load(Stop.NO))
         reduced = over_ranks(metrics, engine.device)
         errors = {k: abs(reduced[k].value - v) / max(abs(v), 1e-12) for k, v in expected.items()}
         indexer = max(indexer, errors.pop("train/indexer_kl"))
         worst_loss = max(worst_loss, *errors.values())
         engine.update(metrics)
+        if step == recipe.schedule.steps // 2:  # the steps that follow show that training goes on after it
+            worst_loss = max(worst_loss, abs(_evaluated(engine) - truth.evaluated) / truth.evaluated)
     state = [(name, rows, tensors["master"]) for name, rows, tensors in engine.optimizer.named_state()]
     others = [part for part in state if ".indexer." not in part[0]]
     parameters = max(_worst(others, truth.final), _worst(_buffers(engine), truth.final))
@@ -116,6 +122,17 @@ def _one(recipe: Any, truth: Truth, folder: Path, accelerator: Any) -> dict[str,
         "changed": len(changed),
         "ok": bool(worst_loss <= most_loss and exact and len(changed) == len(truth.initial)),
     }
+
+
+@torch.no_grad()
+def _evaluated(engine: Engine) -> float:
+    """The objective's loss on batch 0, as the engine evaluates."""
+    rows = TrialRows(engine.layout.dp_rank, engine.dp).next_step().to(engine.device)
+    engine.model.eval()
+    pieces = [rows.slice(i, i + engine.micro_rows) for i in range(0, rows.rows, engine.micro_rows)]
+    found = engine.passes.look(pieces)
+    engine.model.train()
+    return over_ranks(reduce_metrics(found), engine.device)["train/loss"].value
 
 
 def _worst(found: Any, expected: dict[str, Any]) -> float:

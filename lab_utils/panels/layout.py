@@ -46,7 +46,13 @@ PANELS = (
     Panel("Model FLOPs utilisation", ("perf/mfu",), "% of measured peak", "Throughput", scale=100),
     Panel(
         "Step time",
-        ("perf/time/data", "perf/time/forward_backward", "perf/time/optimizer", "perf/time/other"),
+        (
+            "perf/time/data",
+            "perf/time/forward_backward",
+            "perf/time/optimizer",
+            "perf/time/checkpoint",
+            "perf/time/other",
+        ),
         "s / step",
         "Throughput",
         kind="area",
@@ -56,7 +62,14 @@ PANELS = (
     Panel("Gradient norm", ("train/grad_norm",), "L2", "Stability", kind="log"),
     Panel("Learning rate", ("train/learning_rate",), "learning rate", "Stability", kind="exact"),
     Panel("Indexer KL loss", ("train/indexer_kl",), "nat / query", "Stability"),
+    Panel("Multi-token prediction loss", ("train/mtp_loss",), "nat / token", "Stability", kind="log"),
+    Panel("Multi-token prediction hits", ("train/mtp_token_accuracy",), "%", "Stability", scale=100),
     Panel("Steps skipped", ("train/skipped_steps",), "steps", "Stability"),
+    Panel("Spread of the experts' load", ("moe/cv_mean", "moe/cv_max"), "standard deviation / mean", "MoE"),
+    Panel("Largest load of an expert", ("moe/max_violation",), "load / mean - 1", "MoE"),
+    Panel("Experts without a token", ("moe/dead_expert_frac_mean",), "%", "MoE", scale=100),
+    Panel("Balance loss of the experts", ("train/aux_loss",), "1 = even", "MoE"),
+    Panel("Norm of the routers' bias", ("moe/bias_norm",), "L2", "MoE", kind="exact"),
 )
 
 # The nine that tell how a run went, for a page of a report.
