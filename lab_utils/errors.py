@@ -12,6 +12,9 @@ class LabError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return super().__str__().replace("'?.", "'?")  # a hint that asks ends the sentence
+
 
 class RecipeError(LabError):
     """A recipe that cannot be read, or asks for something impossible."""

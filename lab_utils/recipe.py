@@ -403,4 +403,4 @@ def _explain(root: type[Section], error: ValidationError) -> str:
         found = f" (found {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
         text = f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{found}"
     more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
-    return text.rstrip(".") + more + "."
+    return text.rstrip(".") + more + ("" if text.endswith("?") and not more else ".")

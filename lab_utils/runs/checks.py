@@ -40,6 +40,38 @@ def check_data(recipe: Recipe) -> None:
             raise DataError(f"{problems[0].message.rstrip('.')}{more}.")
 
 
+def check_model(recipe: Recipe) -> None:
+    """The model has what the layout cuts: layers for the stages, experts for the ranks of an ep group.
+
+    Its configuration is read only where the recipe cuts the model: that takes transformers, and a second or two.
+
+    Raises:
+        LayoutError: fewer layers than stages, experts that ep doesn't divide, a model that can't be cut.
+    """
+    parallel, source = recipe.parallel, recipe.model.source
+    stages = parallel.pp * parallel.virtual_stages
+    if stages == 1 and parallel.ep == 1:
+        return
+    from lab_utils.models.load import load_config
+
+    config = load_config(source)
+    if config.model_type != "deepseek_v4":
+        raise LayoutError(
+            f"{source} is no DeepSeek-V4, and others are trained under data parallelism alone: set parallel.ep, "
+            "parallel.pp and parallel.virtual_stages to 1."
+        )
+    if stages > config.num_hidden_layers:
+        raise LayoutError(
+            f"parallel.pp × parallel.virtual_stages = {stages} stages, but the model has {config.num_hidden_layers} "
+            f"layers: use at most {config.num_hidden_layers}."
+        )
+    if config.n_routed_experts % parallel.ep:
+        raise LayoutError(
+            f"parallel.ep={parallel.ep} does not divide the model's {config.n_routed_experts} experts: use a divisor "
+            f"of {config.n_routed_experts}."
+        )
+
+
 def parameters_of(folder: Path) -> int | None:
     """Values in the safetensors files of ``folder``, from their headers; None where there are none."""
     total = 0
@@ -142,5 +174,6 @@ def preflight(recipe: Recipe, root: Path) -> None:
     recipe.layout()
     if recipe.cluster.launcher == "local":
         check_accelerator(recipe)
+    check_model(recipe)
     check_disk(recipe, root)
     check_data(recipe)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from lab_utils.bench.layouts import bench_layout, chosen_layouts, verify_layouts
 from lab_utils.errors import LayoutError
 from lab_utils.planner.layouts import layout_names
+from lab_utils.recipe import Recipe
+from lab_utils.runs.checks import preflight
 
 pytestmark = pytest.mark.slow  # real processes: minutes
 
@@ -55,11 +59,8 @@ def test_bf16_stays_within_a_percent() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"parallel.offload": True},
-        {"model.checkpointing": "mhc"},
-        {"model.checkpointing": "attention"},
-        {"model.checkpointing": "full"},
-        {"parallel.zero": 0},
+        {"parallel.offload": True, "model.checkpointing": "mhc"},
+        {"parallel.zero": 0, "model.checkpointing": "full"},
     ],
     ids=str,
 )
@@ -82,6 +83,24 @@ def test_the_bench_tells_speed_traffic_and_memory() -> None:
         assert row["tokens_per_s"] > 0 and row["bytes_sent_per_rank"] > 1e5 and row["peak_mib"] > 100
     # Experts of one rank each are neither summed nor gathered; their tokens travel instead.
     assert rows[1]["bytes_sent_per_rank"] != rows[0]["bytes_sent_per_rank"]
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"parallel.pp": 8}, "8 stages, but the model has 4 layers: use at most 4"),
+        ({"parallel.pp": 2, "parallel.virtual_stages": 4}, "8 stages, but the model has 4 layers"),
+        ({"parallel.ep": 3, "cluster.nproc": 3}, "parallel.ep=3 does not divide the model's 16 experts"),
+        ({"parallel.ep": 3, "cluster.nproc": 2}, "parallel.ep=3 does not divide the 2 data-parallel ranks"),
+        ({"parallel.virtual_stages": 2}, "needs a pipeline: set parallel.pp to 2 or more"),
+        ({"parallel.pp": 2, "schedule.micro_rows": 24}, "at least 2 micro-batches a rank"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_a_run_starts(changes: dict, said: str, tmp_path: Path) -> None:
+    base = {"cluster.nproc": 8, "data.row_tokens": 512, "schedule.batch_tokens": 24 * 512 * 4}
+    recipe = Recipe.load("sft_tiny").with_changes({**base, **changes})
+    with pytest.raises(LayoutError, match=re.escape(said)):
+        preflight(recipe, tmp_path)
 
 
 def test_layouts_are_those_that_divide() -> None:

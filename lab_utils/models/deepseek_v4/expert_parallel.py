@@ -96,7 +96,9 @@ class Beside:
         self._stream.wait_stream(self._module.current_stream())
         with self._module.stream(self._stream):
             y = function(x)
-        x.record_stream(self._stream)  # memory that goes free here is not to be given away under the other stream
+        x.record_stream(
+            self._stream
+        )  # memory that goes free here is not to be given away under the other stream
         return y
 
     def wait(self, y: Tensor) -> Tensor:
