@@ -39,12 +39,14 @@ def verify_layouts(
     accelerator: str = "auto",
     changes: dict[str, Any] | None = None,
     planted: dict[str, Any] | None = None,
+    worker: str = "lab_utils.engine.verify",
 ) -> list[dict[str, Any]]:
     """Rows of ``lab_utils.engine.verify``, in one job.
 
     Args:
         changes: of the recipe on both sides.
         planted: of the layouts' recipe alone: a difference that must be found.
+        worker: a module or file that does what that module does.
 
     Raises:
         RunError: the job failed; the sentence ends with its last words.
@@ -60,7 +62,7 @@ def verify_layouts(
             "changes": changes or {},
             "planted": planted or {},
         }
-        _job(world, "lab_utils.engine.verify", options)
+        _job(world, worker, options)
         return json.loads((Path(folder) / "rows.json").read_text())
 
 
@@ -133,12 +135,13 @@ def shards_of(source: str, ranks: int, degrees: dict[str, int], mtp: bool) -> di
 
 
 def _job(world: int, module: str, options: dict[str, Any]) -> None:
+    """Run a module, or a file of Python, on so many ranks of this machine."""
     path = Path(options["folder"]) / "options.json"
     path.write_text(json.dumps(options))
     threads = str(max(1, (os.cpu_count() or 1) // world))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
-        [*command, "-m", module, str(path)],
+        [*command, *([module] if module.endswith(".py") else ["-m", module]), str(path)],
         env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,

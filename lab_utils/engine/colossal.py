@@ -21,6 +21,8 @@ import torch
 import torch.distributed as dist
 
 from lab_utils.accelerators import Accelerator
+from lab_utils.engine.reduce import gather_objects
+from lab_utils.optim.groups import matrices
 from lab_utils.recipe import ParallelSection
 
 
@@ -69,7 +71,7 @@ with _stand_ins(), warnings.catch_warnings():
     from colossalai.shardformer import ShardFormer
     from colossalai.shardformer.policies.base_policy import Policy
 
-from lab_utils.engine.placement import Sharding  # noqa: E402  (these need the import above to have happened)
+from lab_utils.engine.placement import Sharding, even_shards  # noqa: E402  (these need the import above)
 from lab_utils.engine.zero import Groups, ZeroOptimizer  # noqa: E402
 
 
@@ -262,19 +264,62 @@ class LayoutPlugin(MoeHybridParallelPlugin):
                 wrapped,
                 param_info=get_param_info(made),
                 names=global_names(model),
-                groups=self._groups(),
+                groups=self._groups(*self._shards_of_matrices(made, model)),
                 bucket_elements=self.bucket_elements,
                 offload=self.offload,
             )
         return wrapped, optimizer, criterion, dataloader, lr_scheduler
 
-    def _groups(self) -> Groups:
+    def _shards_of_matrices(
+        self, optimizer: torch.optim.Optimizer, model: torch.nn.Module
+    ) -> tuple[int, int]:
+        """Over how many ranks Muon's matrices are dealt out, dense ones and experts; the same in all stages."""
+        sizes: tuple[list[int], list[int]] = ([], [])
+        for group in optimizer.param_groups:
+            if group.get("algorithm") == "muon":
+                for name, parameter in zip(group["names"], group["params"], strict=True):
+                    views = matrices(name, tuple(parameter.shape), getattr(model, "config", None))
+                    sizes[hasattr(parameter, "ep_group")].extend(view.size for view in views or [])
+        counts = (self.dp_size, self.moe_dp_size)
+        found = gather_objects([even_shards(each, ranks) for each, ranks in zip(sizes, counts, strict=True)])
+        dense, experts = (min(column) for column in zip(*found, strict=True))
+        return dense, experts
+
+    def _runs(self, experts: bool, length: int) -> dist.ProcessGroup:
+        """This rank's group of so many of the ranks that hold the same parameters; every rank makes every group."""
+        held: dict[tuple[int, ...], list[int]] = {}
+        for rank in range(dist.get_world_size()):
+            coordinate = self.pg_mesh.unravel(rank, self.pg_mesh.shape)
+            alike = (int(coordinate[self.pp_axis]), int(coordinate[self.ep_axis]) if experts else 0)
+            held.setdefault(alike, []).append(rank)
+        mine = None
+        for ranks in held.values():
+            for start in range(0, len(ranks), length):
+                group = self.pg_mesh._get_group(ranks[start : start + length])
+                mine = group if dist.get_rank() in ranks[start : start + length] else mine
+        return mine
+
+    def _groups(self, dense: int | None = None, experts: int | None = None) -> Groups:
+        """``dense``, ``experts``: over how many ranks whole matrices are cut; absent: as other parameters are."""
+
         # With tensor parallelism of 1 that group holds this rank alone: one shard, the whole of it.
         def sharding(group: dist.ProcessGroup) -> Sharding:
             return Sharding(group, group if self.zero_stage else self.tp_group)
 
+        def whole(group: dist.ProcessGroup, shards: int | None, of_experts: bool) -> Sharding:
+            if not self.zero_stage or shards in (None, dist.get_world_size(group)):
+                return sharding(group)
+            return Sharding(group, self.tp_group if shards == 1 else self._runs(of_experts, shards))
+
         ends = sharding(self.ends_group) if self.pp_size > 1 and self.ends_group else sharding(self.dp_group)
-        return Groups(sharding(self.dp_group), sharding(self.moe_dp_group), ends, self.dp_group)
+        return Groups(
+            sharding(self.dp_group),
+            sharding(self.moe_dp_group),
+            ends,
+            whole(self.dp_group, dense, False),
+            whole(self.moe_dp_group, experts, True),
+            self.dp_group,
+        )
 
     def __del__(self) -> None:
         """Defect: the parent destroys process groups at interpreter exit, when torch is half gone: a TypeError."""

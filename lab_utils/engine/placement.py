@@ -196,6 +196,21 @@ def _whole_places(items: list[Wanted], sharding: Sharding, bucket_elements: int,
         yield _deal(run, sharding, loads)
 
 
+def even_shards(sizes: list[int], ranks: int) -> int:
+    """Over how many of the ranks whole matrices are dealt out: the largest divisor that leaves no rank more than a
+    tenth above its share. A large matrix on one of many ranks would make all of them hold room for it.
+    """
+    from lab_utils.optim.muon import assign
+
+    for shards in (d for d in range(ranks, 1, -1) if ranks % d == 0):
+        loads = [0] * shards
+        for owner, size in zip(assign(sizes, shards), sizes, strict=True):
+            loads[owner] += size
+        if max(loads) <= 1.1 * sum(sizes) / shards:
+            return shards
+    return 1
+
+
 def _deal(run: list, sharding: Sharding, loads: list[int]) -> tuple[list[Place], int]:
     """Owners for the matrices of one bucket: the largest first, to the rank that has least by now.
 

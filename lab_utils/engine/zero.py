@@ -31,6 +31,8 @@ class Groups:
     Args:
         dense, experts, ends: of parameters that all data-parallel ranks of a stage hold, of those that a rank holds a
             share of, and of those that the first and the last stage both hold.
+        whole_dense, whole_experts: the same for matrices that go whole to one rank: cut over so few ranks that each
+            gets its share of elements, and repeated beyond them (TR §3.4.1: a limited ZeRO group).
         data: all ranks that see different tokens in the same stage.
         world: every rank; the gradient norm is summed over it.
     """
@@ -38,11 +40,15 @@ class Groups:
     dense: Sharding
     experts: Sharding
     ends: Sharding
+    whole_dense: Sharding
+    whole_experts: Sharding
     data: dist.ProcessGroup
     world: dist.ProcessGroup | None = None
 
-    def of(self, tensor: Tensor) -> Sharding:
-        """By the marks that the policy left on a tensor of the model."""
+    def of(self, tensor: Tensor, whole: bool = False) -> Sharding:
+        """By the marks that the policy left on a tensor of the model; ``whole``: its matrices are not cut."""
+        if whole:
+            return self.whole_experts if hasattr(tensor, "ep_group") else self.whole_dense
         if hasattr(tensor, "ep_group"):
             return self.experts
         return self.ends if hasattr(tensor, "both_ends") else self.dense
@@ -110,9 +116,10 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
     def _create_master_param_current_rank(self, param_list: list[torch.nn.Parameter]) -> list[Tensor]:
         """The masters of one optimizer group: this rank's pieces of its parameters, in the order of the buckets."""
         group = next(g for g in self.optim.param_groups if g["params"] and g["params"][0] is param_list[0])
+        whole = group.get("algorithm") == "muon"
         filled = fill_buckets(
-            [(self._names[id(p)], p, self._groups.of(p)) for p in param_list],
-            whole_matrices=group.get("algorithm") == "muon",
+            [(self._names[id(p)], p, self._groups.of(p, whole)) for p in param_list],
+            whole_matrices=whole,
             bucket_elements=self._bucket_elements,
             config=self._config,
             offload=self._offload,

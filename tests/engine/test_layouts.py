@@ -69,6 +69,13 @@ def test_what_saves_memory_changes_no_loss(changes: dict) -> None:
     check(rows, ["dp2_ep2_pp1"], ["muon"])
 
 
+def test_muon_over_a_part_of_the_ranks_and_repeated_beyond_is_the_same() -> None:
+    worker = str(Path(__file__).parent / "limited_group.py")
+    layouts = ["dp4_ep1_pp1", "dp4_ep2_pp1"]
+    rows = verify_layouts(4, layouts=layouts, optimizers=["muon"], steps=8, worker=worker)
+    check(rows, layouts, ["muon"])
+
+
 def test_a_planted_error_is_found() -> None:
     """The experts' balance weighs a hundredth more on one side: the matrix must see it."""
     planted = {"model.balance_loss": 0.0101}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,15 +16,19 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lab_utils.engine import checkpoint
 from lab_utils.engine.audit import compare
 from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
+from lab_utils.engine.placement import even_shards
 from lab_utils.engine.rows import Rows
 from lab_utils.engine.writer import Writer
 from lab_utils.errors import CheckpointError
+from lab_utils.optim.muon import assign
 from lab_utils.recipe import Recipe
 
 
@@ -392,3 +397,32 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         )
         with pytest.raises(CheckpointError, match=text):
             checkpoint.load_optimizer(path, optimizer)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 400), min_size=1, max_size=60), st.sampled_from([1, 2, 6, 8, 12, 128]))
+def test_matrices_are_dealt_out_over_as_many_ranks_as_stay_even(sizes: list[int], ranks: int) -> None:
+    shards = even_shards(sizes, ranks)
+    assert ranks % shards == 0
+
+    def uneven(count: int) -> float:
+        owners = assign(sizes, count)
+        loads = [sum(s for s, o in zip(sizes, owners) if o == rank) for rank in range(count)]
+        return max(loads) / (sum(sizes) / count)
+
+    assert uneven(shards) <= 1.1
+    assert all(uneven(count) > 1.1 for count in range(shards + 1, ranks + 1) if ranks % count == 0)
+
+
+def test_the_dense_matrices_of_a_stage_of_pro_go_over_some_ranks_of_128() -> None:
+    """The largest, q_b_proj of 65,536 × 1,536, is a fifteenth of four layers: 128 ranks cannot share them evenly."""
+    from lab_utils.models.presets import preset
+    from lab_utils.optim.groups import matrices
+    from lab_utils.optim.table import shapes_of
+
+    config = preset("pro")
+    layers = re.compile(r"model\.layers\.2[0-3]\.")
+    stage = [(n, s) for n, s in shapes_of(config) if layers.match(n) and ".experts." not in n]
+    sizes = [view.size for name, shape in stage for view in matrices(name, shape, config) or []]
+    shards = even_shards(sizes, 128)
+    assert 8 <= shards <= 16
