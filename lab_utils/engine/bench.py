@@ -66,7 +66,7 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         model = model_of(recipe, device=device, defer=True)
         vocabulary = model.config.vocab_size
         train = RandomRows(recipe.rows_per_step, recipe.data.row_tokens, vocabulary, rank, world)
-        return Parts(model=model, train=train, objective=Sft(), write_model=lambda *_, **__: None)
+        return Parts(model=model, train=train, objective=Sft(), write_config=lambda folder: None)
 
     engine = Engine(recipe, accelerator, RunDirectory(folder), build)
     engine.open()

@@ -74,7 +74,7 @@ class Share:
     Args:
         model, writes: as ``ShardedFiles`` takes them.
         optimizer_state: this rank's share by parameter name; iterating it is collective.
-        write_model: fills ``model/`` with all but tensors, ``write_model(folder, tensors=False)``, later, on rank 0.
+        write_config: fills ``model/`` with all but tensors; called later, on rank 0.
         state: what ``state.json`` holds.
     """
 
@@ -85,10 +85,10 @@ class Share:
         model: torch.nn.Module,
         writes: Callable[[Tensor], bool],
         optimizer_state: Iterable[tuple[str, Rows, dict[str, Tensor]]],
-        write_model: Callable[..., None],
+        write_config: Callable[[Path], None],
         state: dict[str, Any],
     ) -> None:
-        self.rank, self._model, self._write_model = rank, ShardedFiles(model, writes), write_model
+        self.rank, self._model, self._write_config = rank, ShardedFiles(model, writes), write_config
         self._state = json.dumps(state, indent=1) if rank == 0 else ""
         self._parts: list[dict[str, Tensor]] = []
         room = 0
@@ -104,7 +104,7 @@ class Share:
         """Write and sync it, giving back memory on the way; returns the files that are this rank's alone."""
         if self.rank == 0:
             self._model.create(target / "model")
-            self._write_model(target / "model", tensors=False)
+            self._write_config(target / "model")
             (target / "state.json").write_text(self._state, encoding="utf-8")
         self._model.write(target / "model")
         part = f"optimizer/part-{self.rank:05d}"

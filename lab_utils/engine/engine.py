@@ -293,7 +293,7 @@ class Engine:
                 model=self.parts.model,
                 writes=self.layout.writes,
                 optimizer_state=self.optimizer.named_state(),
-                write_model=self.parts.write_model,
+                write_config=self.parts.write_config,
                 state=self._state(),
             )
             if not self.recipe.schedule.async_save:

@@ -54,8 +54,7 @@ class Parts:
     model: torch.nn.Module
     train: Any  # a PackedLoader
     objective: Objective
-    # Fills a folder that transformers loads: write_model(folder, tensors=…), False where ranks write those themselves.
-    write_model: Callable[..., None]
+    write_config: Callable[[Path], None]  # puts beside a checkpoint's tensors what else transformers needs
     validation: Any | None = None
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(MultiSink([])))
 
@@ -101,8 +100,8 @@ def build_parts(
     shared = {"rank": rank, "world_size": world}
     held_out = recipe.data.validation
 
-    def write_model(folder: Path, *, tensors: bool) -> None:
-        write_pretrained(model, folder, tensors=tensors)
+    def write(folder: Path) -> None:
+        write_config_of(model, folder)
         tokenizer.save(folder)
 
     return Parts(
@@ -112,7 +111,7 @@ def build_parts(
         if held_out
         else None,
         objective=get_objective(recipe.objective),
-        write_model=write_model,
+        write_config=write,
         telemetry=Telemetry(
             make_sinks(recipe), ChipSampler(accelerator.name, recipe.tracking.chip_seconds, run_dir.path)
         )
@@ -121,14 +120,11 @@ def build_parts(
     )
 
 
-def write_pretrained(model: Any, folder: Path, *, tensors: bool) -> None:
-    """config.json, and with ``tensors`` the weights, in transformers' layout."""
-    from lab_utils.models.load import save_pretrained, write_config
+def write_config_of(model: Any, folder: Path) -> None:
+    """``config.json`` of a model, of which this rank holds some matrices."""
+    from lab_utils.models.load import write_config
 
-    if tensors:
-        save_pretrained(model, model.config, folder)
-    else:
-        write_config(model.config, next(p.dtype for p in model.parameters() if p.ndim == 2), folder)
+    write_config(model.config, next(p.dtype for p in model.parameters() if p.ndim == 2), folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ The loop knows nothing of ranks, micro-batches, ZeRO or ColossalAI: whole batche
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lab_utils.data.rows import PackedRows
-from lab_utils.engine.parts import Parts
+from lab_utils.engine.parts import Parts, write_config_of
 from lab_utils.models.load import load_model, save_pretrained
 from lab_utils.objectives.sft import Sft
 from lab_utils.optim.schedules import learning_rate
@@ -161,14 +162,9 @@ def build_trial(
 ) -> Parts:
     """Parts of an engine over these rows."""
 
-    def write_model(folder: Path, *, tensors: bool) -> None:
-        from lab_utils.engine.parts import write_pretrained
-
-        write_pretrained(parts.model, folder, tensors=tensors)
-
     model = model_of(recipe, source, device=device, defer=True)
-    parts = Parts(model=model, train=TrialRows(rank, world), objective=Sft(), write_model=write_model)
-    return parts
+    write = partial(write_config_of, model)
+    return Parts(model=model, train=TrialRows(rank, world), objective=Sft(), write_config=write)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lab_utils.data.rows import PackedRows
-from lab_utils.engine.parts import Parts, Telemetry, write_pretrained
+from lab_utils.engine.parts import Parts, Telemetry, write_config_of
 from lab_utils.models.load import load_model, save_pretrained
 from lab_utils.objectives.sft import Sft
 from lab_utils.telemetry.jsonl import JsonlSink
@@ -143,7 +143,7 @@ def builder(number: int, per_row: int, longest: int) -> Any:
             model=model,
             train=DocumentRows(number, per_row, longest, 97, rank, world),
             objective=Sft(),
-            write_model=partial(write_pretrained, model),
+            write_config=partial(write_config_of, model),
             telemetry=Telemetry(MultiSink([JsonlSink()] if rank == 0 else [])),
         )
 

@@ -174,11 +174,10 @@ def make_parts(
     if source:
         model.load_state_dict(load_file(Path(source) / "model.safetensors"))
 
-    def write_model(folder: Path, *, tensors: bool) -> None:
-        assert not tensors, "the engine writes those itself"
+    def write_config(folder: Path) -> None:
         (folder / "config.json").write_text("{}")
 
     loader = RowLoader(recipe.rows_per_step, recipe.data.row_tokens, recipe.seed, rank, world)
     held_out = RowLoader(4, recipe.data.row_tokens, 99, rank, world)
     sinks = Telemetry(MultiSink([JsonlSink()] if rank == 0 else []))
-    return Parts(model, loader, Sft(dense_logprob), write_model, held_out, sinks)
+    return Parts(model, loader, Sft(dense_logprob), write_config, held_out, sinks)

@@ -95,7 +95,7 @@ def share(**changes: Any) -> dict[str, Any]:
         "model": torch.nn.Linear(3, 2, bias=False),
         "writes": lambda tensor: True,
         "optimizer_state": iter([("w", WHOLE, {"master": torch.ones(2, 2), "step": torch.tensor(3.0)})]),
-        "write_model": lambda folder, tensors: (folder / "config.json").write_text("{}"),
+        "write_config": lambda folder: (folder / "config.json").write_text("{}"),
         "state": {"step": 1},
     }
     return {**given, **changes}
@@ -174,11 +174,11 @@ def test_a_broken_later_checkpoint_does_not_push_out_the_new_one(tmp_path: Path)
 def test_a_failed_write_leaves_the_older_ones(tmp_path: Path) -> None:
     write(tmp_path / "c", 1, keep_last=1)
 
-    def fails(folder: Path, tensors: bool) -> None:
+    def fails(folder: Path) -> None:
         raise OSError(28, "No space left on device")
 
     one = writer(tmp_path / "c", keep_last=1)
-    one.start(2, **share(write_model=fails))
+    one.start(2, **share(write_config=fails))
     with pytest.raises(CheckpointError, match=r"rank 0 could not.*No space left on device.*make room"):
         one.finish()
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["step-000001"]
@@ -192,11 +192,11 @@ def test_a_failed_write_leaves_the_older_ones(tmp_path: Path) -> None:
 def test_a_defect_in_the_background_is_an_error_of_the_run(
     tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    def fails(folder: Path, tensors: bool) -> None:
+    def fails(folder: Path) -> None:
         raise KeyError("vocabulary")
 
     one = writer(tmp_path / "c")
-    one.start(2, **share(write_model=fails))
+    one.start(2, **share(write_config=fails))
     with pytest.raises(CheckpointError, match="KeyError: 'vocabulary'"):
         one.finish()
     assert "Traceback" in capsys.readouterr().err
