@@ -147,7 +147,8 @@ def _job(world: int, module: str, options: dict[str, Any]) -> None:
         text=True,
     )
     if done.returncode:
-        errors = [line for line in done.stderr.splitlines() if "Error" in line and "ChildFailed" not in line]
+        told = [line for line in done.stderr.splitlines() if "Error" in line or "Signal" in line]
+        errors = [line for line in told if "ChildFailed" not in line]
         raise RunError(
             f"A job of {world} ranks ({module}) failed: {(errors or ['killed'])[0].strip()}; run it by itself for all "
             f"of its output: torchrun --nproc-per-node={world} -m {module} OPTIONS.json."

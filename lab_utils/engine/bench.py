@@ -95,3 +95,4 @@ if __name__ == "__main__":
     row = measure(settings)
     if dist.get_rank() == 0:
         (Path(settings["folder"]) / "row.json").write_text(json.dumps(row))
+    colossal.leave()

@@ -359,6 +359,14 @@ def start(accelerator: Accelerator, seed: int) -> tuple[int, int]:
     return dist.get_rank(), dist.get_world_size()
 
 
+def leave() -> None:
+    """End this process, all ranks together: gloo's threads may abort an interpreter that winds itself up."""
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
 def plugin(parallel: ParallelSection, micro_rows: int, bucket_elements: int = 12 * 2**20) -> LayoutPlugin:
     """The layout of this job; made before the model, since a rank's place in it decides what data it reads."""
     return LayoutPlugin(

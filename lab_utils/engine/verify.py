@@ -188,6 +188,7 @@ def main() -> None:
         with tempfile.NamedTemporaryFile("w", dir=options["folder"], delete=False) as file:
             json.dump(rows, file)
         Path(file.name).rename(Path(options["folder"]) / "rows.json")
+    colossal.leave()
 
 
 if __name__ == "__main__":

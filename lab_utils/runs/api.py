@@ -32,6 +32,18 @@ POLL_SECONDS = 0.5
 # Between a worker's "succeeded" and the end of its job lie the closing of sinks and processes.
 CLOSING_SECONDS = 60.0
 
+# What of a recipe may change when a run is resumed: how and where it runs.
+RESUMABLE = (
+    "parallel.",
+    "cluster.",
+    "tracking.",
+    "model.checkpointing",
+    "schedule.micro_rows",
+    "schedule.save_every",
+    "schedule.keep_last",
+    "schedule.async_save",
+)
+
 
 class Run:
     """A run, wherever it was started; made by ``launch``, ``attach`` and ``list_runs``."""
@@ -213,11 +225,15 @@ class Run:
         )
         return self if wait == 0 else self.wait(timeout=wait, progress=False)
 
-    def resume(self) -> Run:
+    def resume(self, changes: dict[str, Any] | None = None) -> Run:
         """Go on from the last complete checkpoint, on the same directory; returns at once.
 
+        Args:
+            changes: dotted keys of the recipe that say how and where it runs, not what it computes: another layout,
+                more or fewer ranks (see ``RESUMABLE``). The losses go on as they would have.
+
         Raises:
-            RunError: the run still goes on, or has done all its steps.
+            RunError: the run still goes on, has done all its steps, or a change would make it another run.
             LabError: what a launch would refuse too: data, disk, devices.
         """
         status = self.status
@@ -230,8 +246,16 @@ class Run:
                 f"{self.name} has done all its {status['total_steps']} steps: to train on, start a new run "
                 f"with --set model.source=CHECKPOINT/model, a folder of {self.path}/checkpoints."
             )
-        recipe = self.recipe
+        recipe = self.recipe.with_changes(changes or {})
+        for key in changes or {}:
+            if not key.startswith(RESUMABLE):
+                raise RunError(
+                    f"{key} changes what {self.name} computes, and a resumed run stays what it is: leave it out, or "
+                    f"start a new run with --set model.source=CHECKPOINT/model, a folder of {self.path}/checkpoints."
+                )
         preflight(recipe, self.path.parent)
+        if changes:
+            self.directory.replace_recipe(recipe)
         if self.directory.status.get("state") not in FINAL:
             self.directory.write_status(state="lost", heartbeat=status.get("heartbeat"))
         provenance.write(self.path, recipe)

@@ -147,8 +147,17 @@ def stop(
 
 
 @app.command("resume")
-def resume(run: str = RUN, detach: bool = DETACH, root: str = ROOT, as_json: bool = JSON) -> None:
-    """Go on from a run's last complete checkpoint."""
+def resume(
+    run: str = RUN,
+    changes: list[str] = typer.Option([], "--set", help="Another layout, as in --set parallel.pp=2."),
+    nproc: int = typer.Option(None, "--nproc", min=1, help="Ranks; the same as --set cluster.nproc=N."),
+    detach: bool = DETACH,
+    root: str = ROOT,
+    as_json: bool = JSON,
+) -> None:
+    """Go on from a run's last complete checkpoint, under another layout if wanted."""
+    from lab_utils.recipe import parse_changes
     from lab_utils.runs.api import attach
 
-    _follow(attach(run, root).resume(), detach, as_json)
+    wanted = {**parse_changes(changes), **({"cluster.nproc": nproc} if nproc is not None else {})}
+    _follow(attach(run, root).resume(wanted), detach, as_json)

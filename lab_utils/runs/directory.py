@@ -95,6 +95,13 @@ class RunDirectory:
             raise RunError(f"{self.path} has no recipe.yaml, so it is no run directory: check the path.")
         return Recipe.load(self.path / "recipe.yaml")
 
+    def replace_recipe(self, recipe: Recipe) -> None:
+        """Another recipe for the same run, as when it goes on under another layout; its place among runs stays."""
+        path = self.path / "recipe.yaml"
+        written = path.stat()
+        write_atomic(path, recipe.to_yaml())
+        os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
+
     # -- status ----------------------------------------------------------------------------------------
 
     @property

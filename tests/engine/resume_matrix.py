@@ -78,6 +78,7 @@ def main(folder: Path) -> None:
                 engine.layout.pg_mesh.destroy_mesh_process_groups()
     if rank == 0:
         (folder / "result.json").write_text(json.dumps(result, indent=1))
+    colossal.leave()
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from lab_utils.errors import DataError, LayoutError, RecipeError, RunError
-from lab_utils.runs import checks, provenance
+from lab_utils.errors import DataError, LabError, LayoutError, RecipeError, RunError
+from lab_utils.runs import api, checks, provenance
 from lab_utils.runs.api import Run, attach, launch, list_runs, merge_steps
 from lab_utils.runs.directory import create
 
@@ -155,7 +155,7 @@ def refused(recipe, root, kind) -> str:
         launch(recipe, root=root)
     assert not root.exists() or list(root.iterdir()) == [], "nothing was made"
     text = str(caught.value)
-    assert "\n" not in text and text.endswith(".")
+    assert "\n" not in text and text.endswith((".", "?"))
     return text
 
 
@@ -272,3 +272,23 @@ def test_following_runs_imports_no_torch():
     code += "print([m for m in ('torch', 'colossalai', 'pandas', 'wandb') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_run_is_resumed_under_another_layout_but_stays_what_it_computes(tmp_path, recipe, monkeypatch):
+    directory = create(recipe, tmp_path)
+    directory.write_status(state="stopped", step=3)
+    before = (directory.path / "recipe.yaml").stat().st_mtime_ns
+    submitted = []
+    monkeypatch.setattr(api, "preflight", lambda recipe, root: recipe.layout())
+    monkeypatch.setattr(api.provenance, "write", lambda path, recipe: None)
+    monkeypatch.setattr(api, "_submit", lambda directory, recipe: submitted.append(recipe))
+    run = attach(directory.path)
+    with pytest.raises(RunError, match="optim.lr changes what .* computes"):
+        run.resume({"optim.lr": 1e-5})
+    with pytest.raises(LabError, match="parallel.pp"):
+        run.resume({"parallel.pp": 3})
+    assert run.recipe == recipe and not submitted, "a refused resume leaves everything as it was"
+    run.resume({"model.checkpointing": "full", "schedule.save_every": 7})
+    assert submitted == [run.recipe]
+    assert run.recipe.model.checkpointing == "full" and run.recipe.schedule.save_every == 7
+    assert (directory.path / "recipe.yaml").stat().st_mtime_ns == before
