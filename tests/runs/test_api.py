@@ -283,9 +283,9 @@ def test_a_run_is_resumed_under_another_layout_but_stays_what_it_computes(tmp_pa
     monkeypatch.setattr(api.provenance, "write", lambda path, recipe: None)
     monkeypatch.setattr(api, "_submit", lambda directory, recipe: submitted.append(recipe))
     run = attach(directory.path)
-    with pytest.raises(RunError, match="optim.lr changes what .* computes"):
+    with pytest.raises(RunError, match=r"optim\.lr changes what .* computes"):
         run.resume({"optim.lr": 1e-5})
-    with pytest.raises(LabError, match="parallel.pp"):
+    with pytest.raises(LabError, match=r"parallel\.pp"):
         run.resume({"parallel.pp": 3})
     assert run.recipe == recipe and not submitted, "a refused resume leaves everything as it was"
     run.resume({"model.checkpointing": "full", "schedule.save_every": 7})
