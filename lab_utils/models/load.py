@@ -218,6 +218,7 @@ def write_config(config: Any, dtype: torch.dtype, folder: Path) -> None:
     """``config.json`` beside weights of this dtype, as ``from_pretrained`` expects it."""
     tree = config.to_dict() | {"architectures": config.architectures or ["DeepseekV4ForCausalLM"]}
     tree["dtype"] = str(dtype).removeprefix("torch.")
+    tree.pop("_name_or_path", None)  # where the weights once lay is nobody's business
     text = json.dumps(tree, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
 
