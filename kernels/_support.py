@@ -36,6 +36,17 @@ def break_ties(scores: torch.Tensor) -> torch.Tensor:
     return torch.where(scores == 0, place_L * -1e-30, scores)
 
 
+def count(index_M: torch.Tensor, size: int) -> torch.Tensor:
+    """How often each number below ``size`` occurs, ``[size]`` int64.
+
+    ``bincount`` looks for the largest number first, for which the host would wait for a device.
+    """
+    if index_M.device.type == "cpu":
+        return torch.bincount(index_M, minlength=size)
+    found = torch.zeros(size, dtype=torch.int64, device=index_M.device)
+    return found.scatter_add_(0, index_M.long(), torch.ones_like(index_M, dtype=torch.int64))
+
+
 _buffers = threading.local()
 
 

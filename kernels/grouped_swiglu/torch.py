@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._products import grouped_mm, grouped_outer
-from kernels._support import any_device, gather_rows, working_dtype, workspace
+from kernels._support import any_device, count, gather_rows, working_dtype, workspace
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
@@ -66,7 +66,7 @@ class _Experts(torch.autograd.Function):
     def forward(ctx, x_ND, experts_Nk, weights_Nk, gate_up_EGD, down_EDF, limit):
         work, (E, G, _), k = working_dtype(x_ND), gate_up_EGD.shape, experts_Nk.shape[1]
         order_M = experts_Nk.reshape(-1).argsort(stable=True)
-        ends_E = torch.bincount(experts_Nk.reshape(-1), minlength=E).cumsum(0).to(torch.int32)
+        ends_E = count(experts_Nk.reshape(-1), E).cumsum(0).to(torch.int32)
         sorted_MD = gather_rows(0, x_ND.to(work), order_M // k)
         hidden_MG = grouped_mm(sorted_MD, gate_up_EGD.to(work).transpose(1, 2), ends_E)
         share_M1 = weights_Nk.to(work).reshape(-1, 1).index_select(0, order_M)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernels import registry
+from kernels import _support, registry
 
 
 def test_every_operator_has_a_reference_and_runs_on_cpu():
@@ -38,3 +38,10 @@ def test_an_unknown_name_is_one_clear_sentence():
         registry.get("rope")
     with pytest.raises(ValueError, match="no implementation of rope runs on cpu"):
         registry.get("rope", "cpu", torch.int64)
+
+
+def test_numbers_are_counted_without_a_look_at_the_largest():
+    index = torch.tensor([3, 0, 3, 5, 3])
+    assert torch.equal(_support.count(index, 7), torch.tensor([1, 0, 0, 3, 0, 1, 0]))
+    # A device's way works where no number can be looked at.
+    assert _support.count(index.to("meta"), 7).shape == (7,)

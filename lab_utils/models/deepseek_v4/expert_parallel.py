@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kernels._support import count
 from lab_utils.models.deepseek_v4.layers import operator
 
 
@@ -55,7 +56,7 @@ def exchange_experts(
     """
     P, L, k = dist.get_world_size(group), gate_up_LGD.shape[0], experts_Nk.shape[1]
     order_M = experts_Nk.reshape(-1).argsort(stable=True)
-    counts_PL = torch.bincount(experts_Nk.reshape(-1), minlength=P * L).view(P, L)
+    counts_PL = count(experts_Nk.reshape(-1), P * L).view(P, L)
     arriving_PL = torch.empty_like(counts_PL)
     dist.all_to_all_single(arriving_PL, counts_PL, group=group)
     sent, received = torch.stack([counts_PL.sum(1), arriving_PL.sum(1)]).tolist()  # the one wait of the host
