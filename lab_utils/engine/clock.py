@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from lab_utils.telemetry.reductions import Mean
 
-PARTS = ("data", "forward_backward", "optimizer", "checkpoint")
+PARTS = ("data", "generate", "forward_backward", "optimizer", "checkpoint")
 
 
 class StepClock:

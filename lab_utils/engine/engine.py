@@ -19,6 +19,7 @@ from lab_utils.accelerators import Accelerator
 from lab_utils.engine import checkpoint, colossal
 from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
+from lab_utils.engine.feeds import feed_of
 from lab_utils.engine.parts import Parts, build_parts
 from lab_utils.engine.passes import Passes, Shares
 from lab_utils.engine.reduce import all_reduce, gather_objects, over_ranks
@@ -27,7 +28,7 @@ from lab_utils.engine.writer import Writer
 from lab_utils.errors import RunError
 from lab_utils.optim.schedules import learning_rate
 from lab_utils.recipe import Recipe
-from lab_utils.telemetry.reductions import Metric, reduce_metrics, to_values
+from lab_utils.telemetry.reductions import Metric, to_values
 
 
 @dataclass(frozen=True)
@@ -128,8 +129,6 @@ class Engine:
         self.accelerator.seed(recipe.seed * 1_000_003 + self.rank)
         self.clock = StepClock(self.accelerator.synchronize)
         self.saved_step = None
-        if found:
-            self._resume(found)
         peak = self.accelerator.peak(recipe.model.dtype) if self.rank == 0 else None
         self.peak = gather_objects(peak)[0]  # measured by one rank while the others wait
         self.window = Window(self.device, self.world, self.peak.flops)
@@ -137,7 +136,10 @@ class Engine:
             self.parts.telemetry.open(self.run_dir, recipe, self.accelerator, self.peak)
             for problem in broken:
                 self.parts.telemetry.event("checkpoint_skipped", problem)
-            if found:
+        self.feed = feed_of(self)
+        if found:
+            self._resume(found)
+            if self.rank == 0:
                 self.parts.telemetry.event("resumed", f"from {found.name}")
         self._status(state="running", world_size=self.world)
 
@@ -145,14 +147,17 @@ class Engine:
 
     def load(self, request: Stop) -> list[Any]:
         """This rank's micro-batches of the next step; settles what the loss is divided by, and whether to go on."""
-        self._before = (self.progress, self.parts.train.state_dict(), self.accelerator.rng_state())
-        with self.clock.part("data"):
-            rows = self.parts.train.next_step()
+        self._before = (self.progress, self.feed.state_dict(), self.accelerator.rng_state())
+        with self.clock.part(self.feed.part):
+            if self.feed.part != "data" and self._stopped(request):
+                return []  # a round of samples is not begun
+            rows = self.feed.next_step()
             pieces = range(0, rows.rows, self.micro_rows)
             micro = [rows.slice(i, i + self.micro_rows).to(self.device) for i in pieces]
+            micro = self.feed.complete(micro)
             self._settle(request, micro)
         if self.stop:
-            self.parts.train.load_state_dict(self._before[1])  # as if the batch had not been drawn
+            self.feed.load_state_dict(self._before[1])  # as if the batch had not been drawn
             return []
         flops = self.parts.model.flops_per_token
         # The ranks of a pipeline see the same rows: each counts its share of them.
@@ -160,6 +165,14 @@ class Engine:
         self.local_flops = share * sum(flops(m.document_lengths()) * m.tokens for m in micro if m.tokens)
         self.local_positions = share * sum(m.input_ids.numel() for m in micro)
         return micro
+
+    def _stopped(self, request: Stop) -> bool:
+        """Whether any rank has been asked to stop; settles ``stop`` if so."""
+        now, later = all_reduce(
+            [float(request == Stop.NOW), float(request == Stop.AFTER_CHECKPOINT)], self.device
+        )
+        self.stop = Stop.AFTER_CHECKPOINT if later else Stop.NOW if now else Stop.NO
+        return bool(self.stop)
 
     def _settle(self, request: Stop, micro: list[Any]) -> None:
         """One small all-reduce a step: requests to stop, whether a checkpoint under way has failed, and the counts that
@@ -183,7 +196,7 @@ class Engine:
     def forward_backward(self, micro_batches: list[Any]) -> dict[str, Metric]:
         """Gradients of the mean loss over the global batch."""
         with self.clock.part("forward_backward"):
-            return self.passes.train(micro_batches, self.shares)
+            return {**self.passes.train(micro_batches, self.shares), **self.feed.metrics()}
 
     def update(self, metrics: dict[str, Metric]) -> None:
         """Clip and step; a step with a number that is not finite is dropped on every rank, and counted."""
@@ -223,7 +236,7 @@ class Engine:
         if progress.skipped_in_a_row < limit:
             return
         self.progress, loader, generators = self._last_good
-        self.parts.train.load_state_dict(loader)
+        self.feed.load_state_dict(loader)
         self.accelerator.set_rng_state(generators)
         self.save()
         self.writer.finish()
@@ -259,23 +272,17 @@ class Engine:
             "train/learning_rate": self.rate,
             "train/skipped_steps": float(self.progress.skipped),
             "train/num_tokens": float(self.progress.num_tokens),
-            "train/epoch": float(self.parts.train.epoch),
+            "train/epoch": self.feed.epoch,
         }
 
     @torch.no_grad()
     def evaluate(self) -> None:
-        """Loss and metrics on the held-out rows, as means over all of their loss tokens."""
-        if self.parts.validation is None:
-            return
+        """Metrics on the held-out data, as means over all of it and all ranks."""
         self.model.eval()
-        batches = [rows.to(self.device) for rows in self.parts.validation.batches(self.micro_rows)]
-        found = [
-            {key.replace("train/", "eval/", 1): metric for key, metric in part.items()}
-            for part in self.passes.look(batches)
-        ]
+        found = self.feed.evaluate()
         self.model.train()
-        reduced = over_ranks(reduce_metrics(found), self.device)
-        if self.rank == 0:
+        reduced = over_ranks(found, self.device)
+        if reduced and self.rank == 0:
             self.parts.telemetry.log(self.progress.step, to_values(reduced))
 
     def save(self) -> None:
@@ -304,7 +311,7 @@ class Engine:
         """What ``state.json`` holds."""
         return {
             **asdict(self.progress),
-            "loader": self.parts.train.state_dict(),
+            "loader": self.feed.state_dict(),
             "rng": gather_objects(self.accelerator.rng_state()),
             "layout": {
                 "world_size": self.world,
@@ -322,7 +329,7 @@ class Engine:
         checkpoint.load_optimizer(found, self.optimizer)
         state = checkpoint.read_state(found)
         self.progress = Progress(**{key: state[key] for key in asdict(self.progress)})
-        self.parts.train.load_state_dict(state["loader"])
+        self.feed.load_state_dict(state["loader"])
         if len(state["rng"]) == self.world:
             self.accelerator.set_rng_state(state["rng"][self.rank])
         else:  # there is no rank of old whose generators these would be
@@ -348,6 +355,11 @@ class Engine:
             self.writer.leave()
             self.parts.telemetry.event("failed", sentence)
             self.parts.telemetry.close("failed")
+
+    def tell(self, sentence: str) -> None:
+        """Something that takes a while, on the console and in the log."""
+        if self.rank == 0:
+            self.parts.telemetry.event("note", sentence)
 
     def _status(self, **changes: Any) -> None:
         if self.rank == 0:

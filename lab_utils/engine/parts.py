@@ -94,6 +94,7 @@ def build_parts(
         mtp_loss=section.mtp_loss,
         balance_loss=section.balance_loss,
         balance_rate=section.balance_rate,
+        scored=recipe.objective.kind == "reward",
         defer=True,
     )
     tokenizer = load_tokenizer(section.tokenizer or load_tokenizer_path(section.source))

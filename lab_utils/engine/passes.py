@@ -5,15 +5,20 @@ What a loss is divided by is known before (``Shares``): so micro-batches, ranks 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 
 from lab_utils.data.rows import PackedRows
 from lab_utils.models.base import RoutingRecord
+from lab_utils.objectives._logps import token_logps
 from lab_utils.telemetry.reductions import Mean, Metric, reduce_metrics
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,72 @@ class Shares:
     auxiliary: dict[str, float] = field(default_factory=dict)
 
 
-class Passes:
+class Reader:
+    """A model as a layout cut it, run over rows without gradients.
+
+    Args:
+        model: our own, as it was cut; ``wrapped``: as ColossalAI wrapped it.
+        layout: the plugin; says whether there are stages.
+    """
+
+    def __init__(self, model: Any, wrapped: Any, layout: Any) -> None:
+        self.raw, self.model, self.layout = model, wrapped, layout
+
+    @torch.no_grad()
+    def read(self, batches: list[PackedRows], what: Callable[[Any, PackedRows], Found]) -> list[Found]:
+        """``what(output, rows)`` of each of these micro-batches; on the last stage of a pipeline, else nothing.
+
+        Every rank of an ep group must come with equally many.
+        """
+        stages = self.layout.pp_size
+        if stages == 1:
+            return [what(self.model(*_inputs(rows), **_routing(rows)), rows) for rows in batches]
+        found: list[Found] = []
+        height = batches[0].rows if batches else 0
+        for i in range(0, len(batches), stages):
+            # A schedule wants as many micro-batches as stages, all of one height: rows of padding fill up.
+            some = PackedRows.joined(batches[i : i + stages]).with_rows(stages * height)
+
+            def keep(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+                found.append(what(output, PackedRows.from_tensors(batch)))
+                return torch.zeros((), device=batch["input_ids"].device)
+
+            self._run(some, keep, None)
+        return found[: len(batches)]
+
+    def token_logps(self, batches: list[PackedRows], temperature: float = 1.0) -> list[torch.Tensor]:
+        """Log-probability of every token that bears loss ``[B, T]``, 0 elsewhere; the same on all stages."""
+
+        def logps(output: Any, rows: PackedRows) -> torch.Tensor:
+            return token_logps(output.hidden_BTD, self.raw.head_weight, rows, temperature)[0]
+
+        return self._shared(self.read(batches, logps), batches)
+
+    def hidden(self, batches: list[PackedRows]) -> list[torch.Tensor]:
+        """Last hidden states ``[B, T, D]`` of each micro-batch; on the last stage."""
+        return self.read(batches, lambda output, rows: output.hidden_BTD)
+
+    def _shared(self, found: list[torch.Tensor], batches: list[PackedRows]) -> list[torch.Tensor]:
+        """What the last stage found, on every stage."""
+        if self.layout.pp_size == 1:
+            return found
+        group = self.layout.pp_group
+        last = dist.get_global_rank(group, self.layout.pp_size - 1)
+        shared = []
+        for i, rows in enumerate(batches):
+            values = found[i] if found else torch.empty(rows.input_ids.shape, device=rows.input_ids.device)
+            values = values.contiguous()
+            dist.broadcast(values, last, group=group)
+            shared.append(values)
+        return shared
+
+    def _run(self, rows: PackedRows, criterion: Any, optimizer: Any) -> None:
+        """Rows through the stages. Two models cut by one layout may differ in which layers stand where."""
+        self.layout.stage_manager.stage_indices = self.raw.stage.ranges
+        self.layout.run_pipeline(rows.tensors(), self.model, criterion, optimizer)
+
+
+class Passes(Reader):
     """The model and its objective, run over rows.
 
     Args:
@@ -35,13 +105,8 @@ class Passes:
     """
 
     def __init__(self, parts: Any, booster: Any, model: Any, optimizer: Any, layout: Any) -> None:
-        self.parts, self.booster, self.model, self.optimizer, self.layout = (
-            parts,
-            booster,
-            model,
-            optimizer,
-            layout,
-        )
+        super().__init__(parts.model, model, layout)
+        self.parts, self.booster, self.optimizer = parts, booster, optimizer
         # A model with auxiliary losses of its own tells their counts, and weighs tokens as the objective does.
         self._counts_of = getattr(parts.model, "auxiliary_counts", None)
 
@@ -69,27 +134,11 @@ class Passes:
     def loss(self, rows: PackedRows, shares: Shares) -> tuple[torch.Tensor, dict[str, Metric]]:
         """This micro-batch's share of the global batch's loss, and its metrics."""
         options = {} if self._counts_of is None else {"loss_weights": rows.loss_weights}
-        if "routing" in rows.side:
-            options["routing"] = RoutingRecord.from_rows(rows.side["routing"])
-        output = self.model(rows.input_ids, rows.position_ids, rows.document_ids, **options)
-        return self._total(output, rows, shares)
+        return self._total(self.model(*_inputs(rows), **options, **_routing(rows)), rows, shares)
 
     def look(self, batches: list[PackedRows]) -> list[dict[str, Metric]]:
         """The objective's loss and metrics on each of these micro-batches, without gradients."""
-        found: list[dict[str, Metric]] = []
-        stages = self.layout.pp_size
-        if stages == 1:
-            for rows in batches:
-                output = self.model(rows.input_ids, rows.position_ids, rows.document_ids)
-                found.append(self._objective(output, rows, Shares())[1])
-            return found
-        height = batches[0].rows
-        for i in range(0, len(batches), stages):
-            # A schedule wants as many micro-batches as stages, all of one height: rows of padding fill up.
-            some = PackedRows.joined(batches[i : i + stages]).with_rows(stages * height)
-            micro = [some.slice(j, j + height) for j in range(0, some.rows, height)]
-            self._through_stages(micro, Shares(), found, None)
-        return found
+        return self.read(batches, lambda output, rows: self._objective(output, rows, Shares())[1])
 
     def _total(self, output: Any, rows: PackedRows, shares: Shares) -> tuple[torch.Tensor, dict[str, Metric]]:
         """The objective's loss plus the auxiliary ones of an output.
@@ -130,7 +179,15 @@ class Passes:
             found.append(metrics)
             return loss * len(micro)  # the schedule divides by their number
 
-        tensors = PackedRows.joined(micro).tensors()
-        self.layout.run_pipeline(tensors, self.model, criterion, optimizer)
+        self._run(PackedRows.joined(micro), criterion, optimizer)
         for name, aux in stage.take():
             found.append({f"train/{name}": Mean(aux.total, aux.count)})
+
+
+def _inputs(rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return rows.input_ids, rows.position_ids, rows.document_ids
+
+
+def _routing(rows: PackedRows) -> dict[str, RoutingRecord]:
+    """Experts to take, where the rows say so."""
+    return {"routing": RoutingRecord.from_rows(rows.side["routing"])} if "routing" in rows.side else {}

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 SHIPPED = Path(__file__).parent / "shipped"
 SHARD_BYTES = 4 << 30
+REWARD_MODEL = (
+    "DeepseekV4ForSequenceClassification"  # named as transformers names such models; it has none for V4
+)
 
 
 def load_model(
@@ -42,6 +45,7 @@ def load_model(
     mtp_loss: float = 0.0,
     balance_loss: float = 0.0,
     balance_rate: float = 0.0,
+    scored: bool = False,
     defer: bool = False,
 ) -> TrainableModel:
     """A trainable model in ``dtype`` on ``device``.
@@ -53,6 +57,7 @@ def load_model(
         checkpointing: what is made again in the backward pass: "none", "mhc", "attention" (V4 only) or "full".
         indexer_loss, indexer_phase, mtp_loss, balance_loss, balance_rate: training signals of V4, see ``DeepseekV4``.
             A checkpoint without the tensors of multi-token prediction gets them fresh by seed, and a warning.
+        scored: a reward model, with a head of one number (V4 only); fresh by seed where the checkpoint has none.
         defer: leave a V4 without memory, to be cut first: its ``materialise()`` then reads what is left of it.
 
     Raises:
@@ -71,6 +76,7 @@ def load_model(
 
         wanted = [f"model.{name}" for name, value in signals.items() if value]
         wanted += ["model.indexer_phase"] if indexer_phase != "sparse" else []
+        wanted += ["head of a reward model (objective.kind=reward)"] if scored else []
         wanted += ["model.checkpointing"] if checkpointing not in ("none", "full") else []
         if wanted:
             raise RecipeError(f"{source} is no DeepSeek-V4 and has no {' or '.join(wanted)}: leave it out.")
@@ -80,7 +86,10 @@ def load_model(
     from lab_utils.models.deepseek_v4.materialise import deferred, without_memory
 
     config = DeepseekV4Config.from_pretrained(folder) if folder else preset(source.removeprefix("preset:"))
-    model = without_memory(config, **options)
+    scored = scored or REWARD_MODEL in (config.architectures or [])
+    if scored:
+        config.architectures, config.num_labels = [REWARD_MODEL], 1
+    model = without_memory(config, scored=scored, **options)
     deferred(model, folder, dtype=dtype, device=device, seed=seed)
     if not defer:
         model.materialise()

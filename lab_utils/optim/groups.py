@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 EMBEDDINGS_AND_HEADS = (
     "head",
     "lm_head",
+    "score",
     "output_layer",
     "wpe",
     "wte",

@@ -37,6 +37,12 @@ def initialize_mtp(model: nn.Module, seed: int, put: Put | None = None) -> None:
     _fill(model, seed + MTP_STREAM, lambda name: name.startswith("mtp."), put)
 
 
+@torch.no_grad()
+def initialize_score(model: nn.Module, seed: int, put: Put | None = None) -> None:
+    """Fill the head of a reward model alone."""
+    _fill(model, seed + MTP_STREAM, lambda name: name == "score.weight", put)
+
+
 def _fill(model: nn.Module, seed: int, wanted: Callable[[str], bool], put: Put | None) -> None:
     generator = torch.Generator().manual_seed(seed)
     held = model.state_dict(keep_vars=True)

@@ -18,11 +18,12 @@ from transformers import DeepseekV4Config
 
 from lab_utils.errors import CheckpointError
 from lab_utils.models.deepseek_v4.formats.reader import CheckpointReader
-from lab_utils.models.deepseek_v4.initialize import initialize, initialize_mtp
+from lab_utils.models.deepseek_v4.initialize import initialize, initialize_mtp, initialize_score
 from lab_utils.models.deepseek_v4.model import DeepseekV4
 
 _log = logging.getLogger(__name__)
 
+SCORE = "score.weight"
 FULL_PRECISION = "e_score_correction_bias"  # moves in steps of 0.001: never rounded to the working dtype
 
 
@@ -78,12 +79,15 @@ def _from_checkpoint(model: DeepseekV4, folder: Path, put: Callable[[str, Tensor
     reader = CheckpointReader(folder)
     found = {name: reader.shape(name) for name in reader.names()}
     fresh = bool(len(model.mtp)) and not any(name.startswith("mtp.") for name in found)
+    unscored = model.scored and SCORE not in found
+    if unscored:
+        _log.warning("%s has no %s: the reward model's head starts fresh, by seed.", folder, SCORE)
     if fresh:
         _log.warning(
             "%s has no tensors of multi-token prediction (mtp.*): they start fresh, by seed.", folder
         )
     for name, shape in model.whole_shapes.items():
-        if fresh and name.startswith("mtp."):
+        if (fresh and name.startswith("mtp.")) or (unscored and name == SCORE):
             continue
         if name not in found:
             raise CheckpointError(
@@ -94,14 +98,15 @@ def _from_checkpoint(model: DeepseekV4, folder: Path, put: Callable[[str, Tensor
                 f"{folder}: tensor {name} has shape {list(found[name])}, config.json asks for {list(shape)}; use the "
                 "config.json that belongs to these weights."
             )
-    unknown = sorted(name for name in set(found) - set(model.whole_shapes) if not name.startswith("mtp."))
+    spare = ("mtp.", "lm_head.") if model.scored else ("mtp.",)
+    unknown = sorted(name for name in set(found) - set(model.whole_shapes) if not name.startswith(spare))
     if unknown:
         raise CheckpointError(
             f"{folder}: tensor {unknown[0]} ({len(unknown)} in all) has no place in a DeepSeek-V4 model."
         )
     try:
         for name, tensor in model.state_dict(keep_vars=True).items():
-            if fresh and name.startswith("mtp."):
+            if (fresh and name.startswith("mtp.")) or (unscored and name == SCORE):
                 continue
             start = getattr(tensor, "rows", (0,))[0]
             rows = slice(start, start + len(tensor)) if tensor.ndim else None
@@ -110,3 +115,5 @@ def _from_checkpoint(model: DeepseekV4, folder: Path, put: Callable[[str, Tensor
         reader.close()
     if fresh:
         initialize_mtp(model, seed, put)
+    if unscored:
+        initialize_score(model, seed, put)

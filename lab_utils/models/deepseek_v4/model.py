@@ -51,8 +51,10 @@ class DeepseekV4(nn.Module):
         checkpointing: what of each block is made again in the backward pass: "none", "mhc", "attention" or "full"
             (``block.py`` says what each of them keeps).
 
+        scored: a reward model: a head ``score`` of one number in place of the language model's.
+
     Raises:
-        RecipeError: multi-token prediction is wanted of a configuration without such blocks.
+        RecipeError: multi-token prediction is wanted of a configuration without such blocks, or of a reward model.
     """
 
     def __init__(
@@ -65,8 +67,13 @@ class DeepseekV4(nn.Module):
         balance_loss: float = 0.0,
         balance_rate: float = 0.0,
         checkpointing: str = "none",
+        scored: bool = False,
     ):
         super().__init__()
+        if scored and mtp_loss:
+            raise RecipeError(
+                "model.mtp_loss predicts tokens, and a reward model has no head for them: set it to 0."
+            )
         if mtp_loss and not config.num_nextn_predict_layers:
             raise RecipeError(
                 f"model.mtp_loss={mtp_loss}, but the model's config.json has num_nextn_predict_layers=0: set it to 1 "
@@ -76,7 +83,11 @@ class DeepseekV4(nn.Module):
         self.indexer_loss, self.warmup = indexer_loss, indexer_phase == "warmup"
         self.mtp_loss, self.balance_loss, self.balance_rate = mtp_loss, balance_loss, balance_rate
         self.model = Decoder(config)
-        self.lm_head = linear(config.hidden_size, config.vocab_size)
+        self.scored = scored
+        if scored:
+            self.score = linear(config.hidden_size, 1)
+        else:
+            self.lm_head = linear(config.hidden_size, config.vocab_size)
         depths = config.num_nextn_predict_layers if mtp_loss else 0
         self.mtp = nn.ModuleList(MtpBlock(config, depth) for depth in range(depths))
         self.rotary = Rotary(config)
@@ -90,8 +101,13 @@ class DeepseekV4(nn.Module):
                 parameter.requires_grad_(".indexer." in name)
 
     @property
+    def head(self) -> nn.Module:
+        """What multiplies the last hidden states: of the language model, or of a reward model."""
+        return self.score if self.scored else self.lm_head
+
+    @property
     def head_weight(self) -> Tensor:
-        return self.lm_head.weight
+        return self.head.weight
 
     @property
     def trained_mtp(self) -> list[MtpBlock]:

@@ -93,7 +93,7 @@ def held_modules(model: nn.Module, ranges: list[tuple[int, int]], first: bool, l
     if first or (last and len(model.mtp)):
         held.append(decoder.embed_tokens)
     if last:
-        held += [decoder.hc_head, decoder.norm, model.lm_head, *model.mtp]
+        held += [decoder.hc_head, decoder.norm, model.head, *model.mtp]
     return held
 
 
