@@ -18,6 +18,8 @@ from typing import Any
 from lab_utils.errors import RunError
 from lab_utils.recipe import Recipe
 
+QUESTIONS = ("ascent-tasks-prompts", "test")  # manifest and split that both are asked
+
 
 def bench_quality(recipe_name: str, *, run: str | None = None, limit: int | None = None) -> dict[str, Any]:
     """Exact match of both on the held-out test split.
@@ -39,11 +41,11 @@ def bench_quality(recipe_name: str, *, run: str | None = None, limit: int | None
     ours = attach(run) if run else launch(recipe)
     ours.wait(progress=sys.stderr.isatty())
     recipe = ours.recipe
-    report = _report(ours, limit)
     metrics = ours.metrics()
     folder = Path(ours.path) / "bench-quality"
     shutil.rmtree(folder, ignore_errors=True)  # of an earlier comparison
     folder.mkdir()
+    report = _report(ours, limit, folder)
     (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     log = folder / "trainer.log"
     with log.open("w") as sink:
@@ -54,8 +56,7 @@ def bench_quality(recipe_name: str, *, run: str | None = None, limit: int | None
             f"The plain Trainer loop failed: {log.read_text().strip().splitlines()[-1]} (log: {log})"
         )
     mine = {
-        "exact_match": report["exact_match"]["after"],
-        "by_family": {family: row["after"] for family, row in report["by_family"].items()},
+        **_exact_match(report),
         "tokens": int(metrics["train/num_tokens"].dropna().iloc[-1]),
         "seconds": float((metrics["perf/step_time"] * metrics.index.to_series().diff().fillna(1)).sum()),
         "steps": recipe.schedule.steps,
@@ -63,17 +64,26 @@ def bench_quality(recipe_name: str, *, run: str | None = None, limit: int | None
     return {"ours": mine, "peer": json.loads((folder / "peer.json").read_text())}
 
 
-def _report(run: Any, limit: int | None) -> dict[str, Any]:
-    """The run's report on these questions: the one it has where that is of as many, else a new one."""
-    from lab_utils.evaluation.report import REPORT, evaluate, read_report
-    from lab_utils.evaluation.worker import load_questions
+def _report(run: Any, limit: int | None, folder: Path) -> dict[str, Any]:
+    """The run's report on these questions: the one it has where that is of as many, else a new one in ``folder``."""
+    from lab_utils.evaluation.held_out import load_questions
+    from lab_utils.evaluation.report import evaluate, read_report
 
-    path = Path(run.path)
-    if (path / REPORT).exists():
-        report = read_report(path)
-        if report["n"] == len(load_questions(report["manifest"], report["split"], limit)):
-            return report
-    return evaluate(run, limit=limit)
+    try:
+        report = read_report(Path(run.path))
+    except RunError:  # none yet, or of an earlier structure
+        report = {"exact_match": None, "manifests": []}
+    asked = [(m["name"], m["split"]) for m in report["manifests"] if m["format"] == "prompt"]
+    questions = len(load_questions(*QUESTIONS, limit))
+    if asked == [QUESTIONS] and report["exact_match"]["n"] == questions:
+        return report
+    return evaluate(run, on=":".join(QUESTIONS), limit=limit, base=False, samples=0, out=folder)
+
+
+def _exact_match(report: dict[str, Any]) -> dict[str, Any]:
+    found = report["exact_match"]
+    families = found["by_family"].items()
+    return {"exact_match": found["value"], "by_family": {family: row["value"] for family, row in families}}
 
 
 def _example(document: Any) -> dict[str, list[int]]:
@@ -90,7 +100,10 @@ def _train_plainly(folder: Path, limit: int | None) -> dict[str, Any]:
 
     from lab_utils.data.documents import encoding_of
     from lab_utils.data.loader import build_loader
-    from lab_utils.evaluation.worker import ask, compare, load_questions
+    from lab_utils.evaluation.answering import ask
+    from lab_utils.evaluation.held_out import load_held_out
+    from lab_utils.evaluation.plan import BUDGETS
+    from lab_utils.evaluation.scores import Findings, scores
     from lab_utils.models.load import load_model, save_pretrained
 
     recipe = Recipe.load(folder / "recipe.yaml")
@@ -146,12 +159,12 @@ def _train_plainly(folder: Path, limit: int | None) -> dict[str, Any]:
     Trainer(model=model, args=arguments, train_dataset=documents, data_collator=collate).train()
     seconds = time.time() - started
     save_pretrained(model.state_dict(), model.config, folder / "trained")
-    questions = load_questions("ascent-tasks-prompts", "test", limit)
+    held = load_held_out(*QUESTIONS, limit)
     trained = load_model(str(folder / "trained"), dtype=torch.float32)
-    result = compare(questions, {"after": ask(trained, encoding, questions)})
+    mode = recipe.data.mode
+    answers = ask(trained, encoding, held.rows, mode=mode, budget=BUDGETS[mode])
     return {
-        "exact_match": result["exact_match"]["after"],
-        "by_family": {family: row["after"] for family, row in result["by_family"].items()},
+        **_exact_match(scores([held], Findings({mode: answers}))),
         "tokens": seen,
         "seconds": seconds,
         "steps": schedule.steps,

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -153,6 +153,10 @@ class Documents(Sequence):
         ids, weights = self.arrays(index)
         return Document(ids.tolist(), weights.tolist(), f"{self.name} document {index + 1}")
 
+    def members(self, unit: int) -> tuple[int, ...]:
+        """Indices of the documents that packing keeps together: each stands alone."""
+        return (unit,)
+
     def arrays(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Token ids (int32) and loss weights (float32) of one document; the first token's weight is 0."""
         start, stop = self.offsets[index], self.offsets[index + 1]
@@ -195,8 +199,33 @@ def load_documents(manifest: Manifest, split: str, encoding: Encoding) -> Docume
     Raises:
         DataError: the data is not what the manifest says.
     """
-    name = f"{manifest.name}:{split}"
-    parts = (manifest.fingerprint(split), encoding.fingerprint)
+    return load_stored(manifest, split, encoding, _stream)
+
+
+# Token ids of each document, and a byte a token: 1 where it bears loss.
+Encoded = Iterator[tuple[list[int], bytes]]
+
+
+def load_stored(
+    manifest: Manifest,
+    split: str,
+    encoding: Encoding,
+    stream: Callable[[Manifest, str, Encoding], Encoded],
+    kind: str = "",
+) -> Documents:
+    """The documents that ``stream`` makes of a split, from the cache or into it.
+
+    Args:
+        manifest: the data.
+        split: of it.
+        encoding: how rows become tokens.
+        stream: called where the store isn't there yet.
+        kind: tells the stores of several streams apart; changes whenever its stream gives other tokens.
+
+    Raises:
+        DataError: the data is not what the manifest says.
+    """
+    parts = (manifest.fingerprint(split), encoding.fingerprint, *([kind] if kind else []))
     key = hashlib.sha256(repr(parts).encode()).hexdigest()
     folder = cache_root() / "tokens" / key[:32]
     for path, sha256, size in manifest.files(split):  # tokens of data that has gone bad are not used
@@ -205,16 +234,16 @@ def load_documents(manifest: Manifest, split: str, encoding: Encoding) -> Docume
     if not done.exists():
         with locked(folder):
             if not done.exists():  # another rank may have been quicker
-                _write(folder, _encoded(manifest, split, encoding))
+                _write(folder, _encoded(stream(manifest, split, encoding)))
     tokens, supervised, offsets = (
         np.load(folder / f"{part}.npy", mmap_mode="r") for part in ("tokens", "supervised", "offsets")
     )
-    return Documents(tokens, supervised, np.asarray(offsets), name, key)
+    return Documents(tokens, supervised, np.asarray(offsets), f"{manifest.name}:{split}", key)
 
 
-def _encoded(manifest: Manifest, split: str, encoding: Encoding) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _encoded(documents: Encoded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     tokens, supervised, offsets = array("i"), bytearray(), array("q", [0])
-    for ids, bears in _stream(manifest, split, encoding):
+    for ids, bears in documents:
         tokens.extend(ids)
         supervised += bears
         offsets.append(len(tokens))
@@ -225,8 +254,7 @@ def _encoded(manifest: Manifest, split: str, encoding: Encoding) -> tuple[np.nda
     )
 
 
-def _stream(manifest: Manifest, split: str, encoding: Encoding) -> Iterator[tuple[list[int], bytes]]:
-    """Token ids of each row, and a byte a token: 1 where it bears loss."""
+def _stream(manifest: Manifest, split: str, encoding: Encoding) -> Encoded:
     if manifest.format != "text":
         for place, row in manifest.located_rows(split):
             document = encode_row(row, manifest.format, encoding, place)
@@ -266,14 +294,16 @@ def _write(folder: Path, arrays: tuple[np.ndarray, np.ndarray, np.ndarray]) -> N
                 raise
 
 
-def encoding_of(recipe: Recipe) -> Encoding:
-    """The encoding that a recipe asks for: its tokenizer (or the weights' own, or the shipped), mode, texts.
+def encoding_of(recipe: Recipe, tokenizer: ChatTokenizer | None = None) -> Encoding:
+    """The encoding that a recipe asks for: its mode, its texts, and its tokenizer where none is given.
 
     Raises:
         DataError: a tokenizer or an encoding folder that cannot be read.
     """
     from lab_utils.models.load import load_tokenizer_path
 
-    tokenizer = load_tokenizer(recipe.model.tokenizer or load_tokenizer_path(recipe.model.source))
+    tokenizer = tokenizer or load_tokenizer(
+        recipe.model.tokenizer or load_tokenizer_path(recipe.model.source)
+    )
     texts = FixedTexts.from_encoding_folder(recipe.model.encoding) if recipe.model.encoding else None
     return Encoding(tokenizer, recipe.data.mode, recipe.data.drop_thinking, texts)

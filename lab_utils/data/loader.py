@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from lab_utils.data.documents import TRAINABLE, Document, Documents, Encoding, load_documents
-from lab_utils.data.fixed_texts import FixedTexts
+from lab_utils.data.documents import TRAINABLE, Document, Documents, encoding_of, load_documents
 from lab_utils.data.manifest import load_manifest
 from lab_utils.data.packing import first_fit
 from lab_utils.data.rows import PackedRows
@@ -33,8 +32,10 @@ if TYPE_CHECKING:
 class PackedLoader:
     """Packed rows of one rank.
 
+    What is shuffled, packed and never split is a *unit* of a source: here a document, in ``PairLoader`` a pair.
+
     Args:
-        documents: the documents of each source, none longer than a row.
+        documents: the documents of each source, no unit longer than a row.
         rows_per_step: rows of a global step, a multiple of ``world_size``.
         row_tokens: T.
         seed: of every shuffle.
@@ -44,6 +45,7 @@ class PackedLoader:
             the other in the next.
         pad_id: token id in the padding.
         shuffle: False keeps the documents in their order (evaluation).
+        tag_sources: rows carry ``side["source"]`` int16 [B, T], which of the sources a token comes from.
 
     Raises:
         LayoutError: ``rows_per_step`` is not a multiple of ``world_size``.
@@ -62,6 +64,7 @@ class PackedLoader:
         weights: Sequence[float] | None = None,
         pad_id: int = 0,
         shuffle: bool = True,
+        tag_sources: bool = False,
     ) -> None:
         if rows_per_step % world_size:
             raise LayoutError(
@@ -77,6 +80,7 @@ class PackedLoader:
             raise DataError(
                 "An epoch of data.train holds no document: give sources with rows, or raise their weight."
             )
+        self.tag_sources = tag_sources
         self._epochs: dict[int, list[list[tuple[int, int]]]] = {}
         self._epoch, self._next_row = 0, 0
         self._fingerprint = self._hash()
@@ -93,7 +97,7 @@ class PackedLoader:
             self._next_row += len(part)
             if self._next_row == len(rows):
                 self._epoch, self._next_row = self._epoch + 1, 0
-        return self._packed(taken[self.rank :: self.world_size])
+        return self.packed(taken[self.rank :: self.world_size])
 
     def state_dict(self) -> dict[str, Any]:
         """Where the sequence of rows stands; the same on every rank, good for any number of ranks."""
@@ -118,17 +122,21 @@ class PackedLoader:
 
     def batches(self, micro_rows: int) -> list[PackedRows]:
         """One pass over epoch 0, in order; rows of padding alone give every rank equally many."""
+        return [self.packed(rows) for rows in self.shares(micro_rows)]
+
+    def shares(self, micro_rows: int) -> list[list[list[tuple[int, int]]]]:
+        """What ``batches`` packs: for each micro-batch its rows, for each row its units as (source, index)."""
         rows = self._rows(0)
         rows = rows + [[]] * (-len(rows) % self.world_size)
         mine = rows[self.rank :: self.world_size]
-        return [self._packed(mine[i : i + micro_rows]) for i in range(0, len(mine), micro_rows)]
+        return [mine[i : i + micro_rows] for i in range(0, len(mine), micro_rows)]
 
     # -- what is in it ---------------------------------------------------------------------------------------
 
     @property
     def documents(self) -> Sequence[Document]:
         """The documents of all sources, each once, without their weights."""
-        return _Joined(self._sources)
+        return Joined(self._sources)
 
     @property
     def rows_per_epoch(self) -> int:
@@ -139,7 +147,7 @@ class PackedLoader:
     def padding_fraction(self) -> float:
         """Padding in the rows of that epoch."""
         rows = self._rows(self._epoch)
-        used = sum(int(self._lengths[source][document]) for row in rows for source, document in row)
+        used = sum(int(self._lengths[source][unit]) for row in rows for source, unit in row)
         return 1.0 - used / (len(rows) * self.row_tokens)
 
     @property
@@ -147,10 +155,45 @@ class PackedLoader:
         """Passes over the data so far."""
         return self._epoch + self._next_row / self.rows_per_epoch
 
+    # -- rows as tensors -------------------------------------------------------------------------------------
+
+    def placed(self, rows: list[list[tuple[int, int]]]) -> Iterator[tuple[int, int, int, int, int]]:
+        """Every document of some rows: row, first token, number in the row, source, index in the source."""
+        for b, row in enumerate(rows):
+            at = number = 0
+            for source, unit in row:
+                for document in self._sources[source].members(unit):
+                    yield b, at, number, source, document
+                    offsets = self._sources[source].offsets
+                    at, number = at + int(offsets[document + 1] - offsets[document]), number + 1
+
+    def packed(self, rows: list[list[tuple[int, int]]]) -> PackedRows:
+        """Rows of units, (source, index) each, as tensors."""
+        B, T = len(rows), self.row_tokens
+        input_ids = np.full((B, T), self.pad_id, np.int64)
+        position_ids = np.zeros((B, T), np.int64)
+        document_ids = np.full((B, T), -1, np.int64)
+        loss_weights = np.zeros((B, T), np.float32)
+        ends = [0] * B
+        for b, at, number, source, document in self.placed(rows):
+            ids, weights = self._sources[source].arrays(document)
+            stop = ends[b] = at + len(ids)
+            input_ids[b, at:stop], loss_weights[b, at:stop] = ids, weights
+            position_ids[b, at:stop], document_ids[b, at:stop] = np.arange(len(ids)), number
+        for b, end in enumerate(ends):
+            position_ids[b, end:] = np.arange(T - end)
+        side = {}
+        if self.tag_sources:
+            side["source"] = torch.zeros(B, T, dtype=torch.int16)
+            for b, at, _, source, _ in self.placed(rows):
+                side["source"][b, at:] = source
+        tensors = map(torch.from_numpy, (input_ids, position_ids, document_ids, loss_weights))
+        return PackedRows(*tensors, side=side)
+
     # -- inside ----------------------------------------------------------------------------------------------
 
     def _rows(self, epoch: int) -> list[list[tuple[int, int]]]:
-        """All rows of an epoch: for each its documents as (source, index)."""
+        """All rows of an epoch: for each its units as (source, index)."""
         if epoch not in self._epochs:
             while len(self._epochs) > 1:  # this epoch and the one before are all that a loop looks at
                 del self._epochs[min(self._epochs)]
@@ -182,30 +225,13 @@ class PackedLoader:
             yield from part if self._shuffle else np.sort(part)
             at += end - start
 
-    def _packed(self, rows: list[list[tuple[int, int]]]) -> PackedRows:
-        B, T = len(rows), self.row_tokens
-        input_ids = np.full((B, T), self.pad_id, np.int64)
-        position_ids = np.zeros((B, T), np.int64)
-        document_ids = np.full((B, T), -1, np.int64)
-        loss_weights = np.zeros((B, T), np.float32)
-        for b, row in enumerate(rows):
-            at = 0
-            for number, (source, document) in enumerate(row):
-                ids, weights = self._sources[source].arrays(document)
-                stop = at + len(ids)
-                input_ids[b, at:stop], loss_weights[b, at:stop] = ids, weights
-                position_ids[b, at:stop], document_ids[b, at:stop] = np.arange(len(ids)), number
-                at = stop
-            position_ids[b, at:] = np.arange(T - at)
-        return PackedRows(*map(torch.from_numpy, (input_ids, position_ids, document_ids, loss_weights)))
-
     def _hash(self) -> str:
         parts = [self.seed, self.row_tokens]
         parts += [(s.key, len(s), str(w)) for s, w in zip(self._sources, self._weights)]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
-class _Joined(Sequence):
+class Joined(Sequence):
     """Several sequences as one."""
 
     def __init__(self, parts: Sequence[Documents]) -> None:
@@ -261,8 +287,7 @@ def build_loader(
         LayoutError: the batch cannot be shared evenly by the ranks.
     """
     data = recipe.data
-    texts = FixedTexts.from_encoding_folder(recipe.model.encoding) if recipe.model.encoding else None
-    encoding = Encoding(tokenizer, data.mode, data.drop_thinking, texts)
+    encoding = encoding_of(recipe, tokenizer)
     given = sources if sources is not None else data.train if train else data.validation
     documents = []
     for source in given:
@@ -284,4 +309,5 @@ def build_loader(
         weights=[source.weight for source in given],
         pad_id=tokenizer.eos_id,
         shuffle=train,
+        tag_sources=recipe.objective.kind == "distill",
     )

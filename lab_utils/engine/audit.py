@@ -39,7 +39,14 @@ def audit(run_dir: Any) -> dict[str, Any]:
     found, _ = checkpoint.newest(Path(run_dir.path) / "checkpoints")
     if found is None:
         raise CheckpointError(f"{run_dir.path} has no checkpoint to audit: let the run save one first.")
-    start = load_model(recipe.model.source, dtype=getattr(torch, recipe.model.dtype), seed=recipe.seed)
+    # With the parts that start fresh, by seed: multi-token prediction, the head of a reward model.
+    start = load_model(
+        recipe.model.source,
+        dtype=getattr(torch, recipe.model.dtype),
+        seed=recipe.seed,
+        mtp_loss=recipe.model.mtp_loss,
+        scored=recipe.objective.kind == "reward",
+    )
     before, parameters = initial_tensors(start)
     report = compare(before, final_tensors(found), parameters)
     return {"run": Path(run_dir.path).name, "checkpoint": found.name, **report}

@@ -356,10 +356,10 @@ class Engine:
             self.parts.telemetry.event("failed", sentence)
             self.parts.telemetry.close("failed")
 
-    def tell(self, sentence: str) -> None:
+    def tell(self, sentence: str, kind: str = "note") -> None:
         """Something that takes a while, on the console and in the log."""
         if self.rank == 0:
-            self.parts.telemetry.event("note", sentence)
+            self.parts.telemetry.event(kind, sentence)
 
     def _status(self, **changes: Any) -> None:
         if self.rank == 0:

@@ -56,6 +56,8 @@ class Parts:
     objective: Objective
     write_config: Callable[[Path], None]  # puts beside a checkpoint's tensors what else transformers needs
     validation: Any | None = None
+    questions: list[dict[str, Any]] = field(default_factory=list)  # held out: rows of format prompt
+    encoding: Any = None
     telemetry: Telemetry = field(default_factory=lambda: Telemetry(MultiSink([])))
 
     def optimizer(self, section: OptimSection) -> torch.optim.Optimizer:
@@ -78,9 +80,11 @@ def build_parts(
     Args:
         source: where weights come from instead of ``recipe.model.source``: a checkpoint's ``model`` folder.
     """
-    from lab_utils.data.loader import build_loader
+    from lab_utils.data.documents import encoding_of
+    from lab_utils.data.manifest import load_manifest
     from lab_utils.data.tokenizer import load_tokenizer
     from lab_utils.models.load import load_model, load_tokenizer_path
+    from lab_utils.rollouts.prompts import build_prompts
 
     section = recipe.model
     model = load_model(
@@ -99,7 +103,11 @@ def build_parts(
     )
     tokenizer = load_tokenizer(section.tokenizer or load_tokenizer_path(section.source))
     shared = {"rank": rank, "world_size": world}
-    held_out = recipe.data.validation
+    # Held-out prompts are answered and verified, whatever is trained on; other data has the objective's loss.
+    formats = [load_manifest(source.manifest).format for source in recipe.data.validation]
+    held_out = list(zip(recipe.data.validation, formats, strict=True))
+    asked = [source for source, format in held_out if format == "prompt"]
+    texts = [source for source, format in held_out if format != "prompt"]
 
     def write(folder: Path) -> None:
         write_config_of(model, folder)
@@ -107,11 +115,13 @@ def build_parts(
 
     return Parts(
         model=model,
-        train=build_loader(recipe, tokenizer, sources=recipe.data.train, train=True, **shared),
-        validation=build_loader(recipe, tokenizer, sources=held_out, train=False, **shared)
-        if held_out
+        train=_loader(recipe)(recipe, tokenizer, sources=recipe.data.train, train=True, **shared),
+        validation=_loader(recipe)(recipe, tokenizer, sources=texts, train=False, **shared)
+        if texts
         else None,
-        objective=get_objective(recipe.objective),
+        questions=[row for source in asked for row in load_manifest(source.manifest).rows(source.split)],
+        encoding=encoding_of(recipe, tokenizer),
+        objective=get_objective(recipe.objective, recipe.rollout),
         write_config=write,
         telemetry=Telemetry(
             make_sinks(recipe), ChipSampler(accelerator.name, recipe.tracking.chip_seconds, run_dir.path)
@@ -119,6 +129,14 @@ def build_parts(
         if rank == 0
         else Telemetry(MultiSink([])),
     )
+
+
+def _loader(recipe: Recipe) -> Callable[..., Any]:
+    """Who makes the rows that the recipe's objective reads."""
+    from lab_utils.data.loader import build_loader
+    from lab_utils.data.pairs import build_pair_loader
+
+    return build_pair_loader if recipe.objective.kind in ("preference", "reward") else build_loader
 
 
 def write_config_of(model: Any, folder: Path) -> None:

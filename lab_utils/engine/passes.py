@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from lab_utils.data.rows import PackedRows
 from lab_utils.models.base import RoutingRecord
-from lab_utils.objectives._logps import token_logps
+from lab_utils.objectives._kept import policy_logps
 from lab_utils.telemetry.reductions import Mean, Metric, reduce_metrics
 
 Found = TypeVar("Found")
@@ -43,7 +43,8 @@ class Reader:
 
     @torch.no_grad()
     def read(self, batches: list[PackedRows], what: Callable[[Any, PackedRows], Found]) -> list[Found]:
-        """``what(output, rows)`` of each of these micro-batches; on the last stage of a pipeline, else nothing.
+        """``what(output, rows)`` of each of these micro-batches; on the last stage of a pipeline, else nothing. There,
+        rows may be followed by rows of padding.
 
         Every rank of an ep group must come with equally many.
         """
@@ -51,10 +52,11 @@ class Reader:
         if stages == 1:
             return [what(self.model(*_inputs(rows), **_routing(rows)), rows) for rows in batches]
         found: list[Found] = []
-        height = batches[0].rows if batches else 0
-        for i in range(0, len(batches), stages):
+        height = max((rows.rows for rows in batches), default=0)
+        level = [rows.with_rows(height) for rows in batches]
+        for i in range(0, len(level), stages):
             # A schedule wants as many micro-batches as stages, all of one height: rows of padding fill up.
-            some = PackedRows.joined(batches[i : i + stages]).with_rows(stages * height)
+            some = PackedRows.joined(level[i : i + stages]).with_rows(stages * height)
 
             def keep(output: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
                 found.append(what(output, PackedRows.from_tensors(batch)))
@@ -64,16 +66,20 @@ class Reader:
         return found[: len(batches)]
 
     def token_logps(self, batches: list[PackedRows], temperature: float = 1.0) -> list[torch.Tensor]:
-        """Log-probability of every token that bears loss ``[B, T]``, 0 elsewhere; the same on all stages."""
+        """Log-probability of every token that bears loss ``[B, T]``, 0 elsewhere; the same on all stages.
+
+        Over the tokens that a sampler kept, where ``side["kept"]`` says which those are.
+        """
 
         def logps(output: Any, rows: PackedRows) -> torch.Tensor:
-            return token_logps(output.hidden_BTD, self.raw.head_weight, rows, temperature)[0]
+            return policy_logps(output.hidden_BTD, self.raw.head_weight, rows, temperature)[0]
 
         return self._shared(self.read(batches, logps), batches)
 
     def hidden(self, batches: list[PackedRows]) -> list[torch.Tensor]:
         """Last hidden states ``[B, T, D]`` of each micro-batch; on the last stage."""
-        return self.read(batches, lambda output, rows: output.hidden_BTD)
+        found = self.read(batches, lambda output, rows: output.hidden_BTD)
+        return [states[: rows.rows] for states, rows in zip(found, batches, strict=False)]
 
     def _shared(self, found: list[torch.Tensor], batches: list[PackedRows]) -> list[torch.Tensor]:
         """What the last stage found, on every stage."""
@@ -83,8 +89,10 @@ class Reader:
         last = dist.get_global_rank(group, self.layout.pp_size - 1)
         shared = []
         for i, rows in enumerate(batches):
-            values = found[i] if found else torch.empty(rows.input_ids.shape, device=rows.input_ids.device)
-            values = values.contiguous()
+            if found:
+                values = found[i][: rows.rows].contiguous()
+            else:
+                values = torch.empty(rows.input_ids.shape, device=rows.input_ids.device)
             dist.broadcast(values, last, group=group)
             shared.append(values)
         return shared

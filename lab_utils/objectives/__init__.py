@@ -38,9 +38,14 @@ class Objective(Protocol):
         ...
 
 
-def get_objective(section: Any) -> Objective:
-    """The objective of a recipe's ``objective`` section."""
+def get_objective(section: Any, rollout: Any = None) -> Objective:
+    """The objective of a recipe's ``objective`` section.
+
+    Args:
+        rollout: the recipe's section of that name, for those that learn from samples.
+    """
     try:
-        return load(__name__, section.kind).OBJECTIVE.from_section(section)
+        kind = load(__name__, section.kind).OBJECTIVE
     except KeyError as error:
         raise RecipeError(f"objective.kind: {error.args[0]}") from None
+    return kind.from_section(section) if rollout is None else kind.from_section(section, rollout)

@@ -77,7 +77,8 @@ def test_fine_tuning_runs_from_parameters_to_export(tmp_path):
     )
     run = Path(done["runs"][0])
     report = json.loads((run / "report.json").read_text())
-    assert report["n"] == 24 and set(report["exact_match"]) == {"before", "after"}
+    assert report["exact_match"]["n"] == report["base"]["exact_match"]["n"] == 24
+    assert (run / "samples.html").exists()
     assert json.loads((run / "status.json").read_text())["state"] == "succeeded"
     assert (run / "export" / "model.safetensors").exists() or list(
         (run / "export").glob("model-*.safetensors")

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from lab_utils.data.rows import PackedRows
 from lab_utils.errors import RecipeError
 from lab_utils.objectives import get_objective
-from lab_utils.registry import load, members
+from lab_utils.recipe.objectives import Objective
+from lab_utils.registry import members
 from lab_utils.telemetry.names import lookup
 from lab_utils.telemetry.reductions import Mean, reduce_metrics
 
@@ -23,17 +25,32 @@ def make(seed: int = 0, share: float = 0.5) -> tuple[torch.Tensor, torch.Tensor,
     head = torch.randn(V, D, generator=g).requires_grad_()
     positions = torch.arange(T).repeat(B, 1) % 5
     weights = (torch.rand(B, T, generator=g) < share) * torch.rand(B, T, generator=g) * (positions > 0)
-    rows = PackedRows(
-        torch.randint(0, V, (B, T), generator=g), positions, torch.arange(T).repeat(B, 1) // 5, weights
-    )
+    documents = torch.arange(T).repeat(B, 1) // 5  # three: chosen, rejected and mismatched of a pair
+    side = {"role": documents.to(torch.int8), "reference_logps": torch.zeros(B, T)}
+    side |= {"advantages": torch.randn(B, T, generator=g), "teacher": torch.zeros(B, T, dtype=torch.int16)}
+    side |= {"teacher_weight": torch.ones(B, T), "teacher_hidden": torch.randn(B, T, D, generator=g)}
+    rows = PackedRows(torch.randint(0, V, (B, T), generator=g), positions, documents, weights, side)
     return hidden, head, rows
+
+
+SECTIONS = {
+    "sft": {},
+    "preference": {},
+    "reward": {},
+    "grpo": {},
+    "distill": {"teachers": [{"source": "base:tiny"}]},
+}
 
 
 @pytest.mark.parametrize("kind", members("lab_utils.objectives"))
 def test_objectives_conform(kind: str) -> None:
     """Sums with counts, a scalar with a gradient, described metrics, a denominator known beforehand, empty rows."""
-    objective = load("lab_utils.objectives", kind).OBJECTIVE.from_section(SimpleNamespace(kind=kind))
+    objective = get_objective(TypeAdapter(Objective).validate_python({"kind": kind, **SECTIONS[kind]}))
     hidden, head, rows = make()
+    if kind == "distill":
+        objective.heads[0] = torch.randn(V, D)
+    if kind == "reward":  # its head gives a score
+        head = head[:1].detach().requires_grad_()
     output = objective(hidden, head, rows)
     assert isinstance(output.loss, Mean) and output.loss.total.ndim == 0
     assert float(output.loss.count) == pytest.approx(objective.denominator(rows))
@@ -41,7 +58,8 @@ def test_objectives_conform(kind: str) -> None:
     assert hidden.grad.abs().sum() > 0 and head.grad.abs().sum() > 0
     for leaf in output.metrics:
         assert lookup(f"train/{leaf}") is not None, leaf
-    hidden, head, rows = make(share=0.0)
+    rows = rows.with_rows(2 * B).slice(B, 2 * B)  # padding alone
+    hidden.grad = None
     empty = objective(hidden, head, rows)
     empty.loss.total.backward()
     assert float(empty.loss.total.detach()) == 0 == float(empty.loss.count) == objective.denominator(rows)
