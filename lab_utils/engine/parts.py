@@ -115,7 +115,9 @@ def build_parts(
 
     return Parts(
         model=model,
-        train=_loader(recipe)(recipe, tokenizer, sources=recipe.data.train, train=True, **shared),
+        train=build_prompts(recipe, tokenizer)
+        if recipe.rollout
+        else _loader(recipe)(recipe, tokenizer, sources=recipe.data.train, train=True, **shared),
         validation=_loader(recipe)(recipe, tokenizer, sources=texts, train=False, **shared)
         if texts
         else None,

@@ -41,14 +41,35 @@ class Feed:
 
     def evaluate(self) -> dict[str, Metric]:
         """This rank's ``eval/…`` on the held-out data, by the current weights."""
-        if self.validation is None:
-            return {}
-        engine = self.engine
-        batches = [rows.to(engine.device) for rows in self.validation.batches(engine.micro_rows)]
-        found = engine.passes.look(self.complete(batches))
-        return reduce_metrics(
-            [{key.replace("train/", "eval/", 1): m for key, m in part.items()} for part in found]
-        )
+        engine, found = self.engine, []
+        if self.validation is not None:
+            batches = [rows.to(engine.device) for rows in self.validation.batches(engine.micro_rows)]
+            found = [
+                {key.replace("train/", "eval/", 1): metric for key, metric in part.items()}
+                for part in engine.passes.look(self.complete(batches))
+            ]
+        return reduce_metrics([*found, *self._answers()])
+
+    def _answers(self) -> list[dict[str, Metric]]:
+        """Metrics of the answers to this rank's share of the held-out prompts."""
+        engine, questions = self.engine, self.engine.parts.questions
+        if not questions:
+            return []
+        from lab_utils.engine.sampling import lockstep
+        from lab_utils.evaluation.answering import evaluate_model
+
+        rollout = engine.recipe.rollout
+        return [
+            evaluate_model(
+                engine.parts.model,
+                engine.parts.encoding,
+                questions[engine.layout.dp_rank :: engine.dp],
+                families=sorted({row["verify"]["family"] for row in questions}),
+                mode=engine.recipe.data.mode,
+                budget=rollout.max_new_tokens if rollout else 96,
+                lockstep=lockstep(engine),
+            )
+        ]
 
     @property
     def epoch(self) -> float:

@@ -7,6 +7,7 @@ reads the one or goes on from the other, under any number of ranks: nothing is s
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -58,8 +59,8 @@ class Rounds(Feed):
         self.rollout, self.updates = recipe.rollout, recipe.objective.updates_per_rollout
         if self.rollout.prompts % (engine.dp * self.updates):
             raise LayoutError(
-                f"rollout.prompts={self.rollout.prompts} cannot be shared evenly by {engine.dp} data-parallel ranks and "
-                f"objective.updates_per_rollout={self.updates}: use a multiple of {engine.dp * self.updates}."
+                f"rollout.prompts={self.rollout.prompts} cannot be shared evenly by {engine.dp} data-parallel ranks "
+                f"and objective.updates_per_rollout={self.updates}: use a multiple of {engine.dp * self.updates}."
             )
         self.folder = engine.run_dir.path / "rollouts"
         self.folder.mkdir(exist_ok=True)
@@ -125,11 +126,26 @@ class Rounds(Feed):
         if not self._read():
             self.train.load_state_dict(self.start)
             with self.evaluating():
+                self._hand_over()
                 self.sampler.begin(self.round)
                 parts = self.texts(self.groups())
                 self.rows = [self._refined(self._packed(part)) for part in parts]
                 self.sampler.end()
             self._write()
+
+    def _hand_over(self) -> None:
+        """The weights of now to a server that samples: by a checkpoint, which it reads."""
+        if self.rollout.source != "server" or self.round % self.rollout.reload_every:
+            return
+        engine = self.engine
+        engine.save()
+        engine.writer.finish()
+        newest = engine.run_dir.checkpoints()[-1] / "model"
+        # One rank tells the server; the others have to know the name that it goes by from now on.
+        for first in (True, False):
+            if (engine.rank == 0) == first and (first or not self.rollout.reload):
+                self.sampler.hand_over(str(newest))
+            dist.barrier()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -177,7 +193,7 @@ class Rounds(Feed):
         rows = pack(texts, tokens, pad_id=pad, fill={"kept": -1})
         unit = engine.micro_rows * engine.layout.pp_size
         most = int(all_reduce([float(rows.rows)], engine.device, MAX)[0])
-        return rows.with_rows(-(-most // unit) * unit)
+        return rows.with_rows(math.ceil(most / unit) * unit)
 
     def _refined(self, rows: PackedRows) -> PackedRows:
         engine = self.engine
@@ -227,7 +243,8 @@ class Rounds(Feed):
         used = (rows.document_ids >= 0).any(1).nonzero().flatten().tolist()
         mine = used[engine.layout.dp_rank :: engine.dp]
         unit = engine.micro_rows * engine.layout.pp_size
-        count = -(-(-(-len(used) // engine.dp)) // unit) * unit
+        most = math.ceil(len(used) / engine.dp)
+        count = math.ceil(most / unit) * unit
         if not mine:
             empty = rows.slice(0, 1)
             empty = empty._map(torch.zeros_like)
