@@ -30,8 +30,8 @@ def make_sampler(engine: Any, folder: Path) -> Any:
         )
     if layout.pp_size > 1:
         raise LayoutError(
-            f"rollout.source=in_process needs the whole model in one stage, but parallel.pp is {layout.pp_size}: set it "
-            "to 1, or sample by a server (rollout.source=server)."
+            f"rollout.source=in_process needs the whole model in one stage, but parallel.pp is {layout.pp_size}: set "
+            "it to 1, or sample by a server (rollout.source=server)."
         )
     from lab_utils.rollouts.in_process import InProcess
 

@@ -57,8 +57,8 @@ class Teachers:
                 if taken is not None:
                     what = domain or "what no other teaches"
                     raise RecipeError(
-                        f"objective.teachers.{number}: {what} is taught by teacher {taken} already: give each domain one "
-                        "teacher."
+                        f"objective.teachers.{number}: {what} is taught by teacher {taken} already: give each domain "
+                        "one teacher."
                     )
                 if domain is None:
                     self._others = number

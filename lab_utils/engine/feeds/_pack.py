@@ -29,11 +29,17 @@ class Text:
 
 
 def pack(
-    texts: list[Text], row_tokens: int, *, pad_id: int, fill: dict[str, float] | None = None, rows: int = 0
+    texts: list[Text],
+    row_tokens: int,
+    *,
+    pad_id: int,
+    fill: dict[str, float] | None = None,
+    names: tuple[str, ...] = (),
 ) -> PackedRows:
-    """Rows ``[B, T]`` of these texts, whole, kinds one after the other; at least ``rows`` of them.
+    """Rows ``[B, T]`` of these texts, whole, kinds one after the other; at least one row.
 
     Args:
+        names: side tensors of one number a token that are there even if no text is.
         fill: value of each side tensor where there is no text; what is not named has 0.
     """
     layout: list[list[int]] = []
@@ -42,12 +48,12 @@ def pack(
         layout += [
             [chosen[i] for i in row] for row in first_fit([len(texts[i].ids) for i in chosen], row_tokens)
         ]
-    layout += [[] for _ in range(max(rows, 1) - len(layout))]
+    layout = layout or [[]]
     B, T = len(layout), row_tokens
     ids = np.full((B, T), pad_id, np.int64)
     positions = np.tile(np.arange(T), (B, 1))
     documents, weights = np.full((B, T), -1, np.int64), np.zeros((B, T), np.float32)
-    side = _side(texts, B, T, fill or {})
+    side = {name: np.zeros((B, T), np.float32) for name in names} | _side(texts, B, T, fill or {})
     for b, row in enumerate(layout):
         at = 0
         for number, i in enumerate(row):

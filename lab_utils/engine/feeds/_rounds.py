@@ -52,6 +52,7 @@ class Rounds(Feed):
     """Rows of this rank, a round of samples at a time; subclasses say what is learned from the samples."""
 
     part = "generate"
+    names: tuple[str, ...] = ()  # side tensors that every rank's rows have
 
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
@@ -190,7 +191,7 @@ class Rounds(Feed):
         """Rows of one update: on every rank equally many, in micro-batches that the schedule takes."""
         engine = self.engine
         tokens, pad = engine.recipe.data.row_tokens, self.train.pad_id
-        rows = pack(texts, tokens, pad_id=pad, fill={"kept": -1})
+        rows = pack(texts, tokens, pad_id=pad, fill={"kept": -1}, names=self.names)
         unit = engine.micro_rows * engine.layout.pp_size
         most = int(all_reduce([float(rows.rows)], engine.device, MAX)[0])
         return rows.with_rows(math.ceil(most / unit) * unit)

@@ -31,6 +31,8 @@ class OnPolicy(Taught, Rounds):
     """Samples of the student, each with the teacher of its domain; texts of one teacher share rows with no other's, so
     that their heads come and go once a step."""
 
+    names = ("teacher", "teacher_weight")
+
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         self.employ()

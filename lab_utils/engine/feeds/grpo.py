@@ -20,6 +20,8 @@ from lab_utils.rollouts.rewards import Answer, load_rewards
 class GrpoFeed(Rounds):
     """Rounds of scored answers."""
 
+    names = ("advantages", "sampler_logps")
+
     def __init__(self, engine: Any) -> None:
         super().__init__(engine)
         section = engine.recipe.objective
