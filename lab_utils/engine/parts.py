@@ -56,9 +56,9 @@ class Parts:
     objective: Objective
     write_config: Callable[[Path], None]  # puts beside a checkpoint's tensors what else transformers needs
     validation: Any | None = None
+    telemetry: Telemetry = field(default_factory=lambda: Telemetry(MultiSink([])))
     questions: list[dict[str, Any]] = field(default_factory=list)  # held out: rows of format prompt
     encoding: Any = None
-    telemetry: Telemetry = field(default_factory=lambda: Telemetry(MultiSink([])))
 
     def optimizer(self, section: OptimSection) -> torch.optim.Optimizer:
         groups = parameter_groups(self.model, section)
