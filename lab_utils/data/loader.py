@@ -201,29 +201,12 @@ class PackedLoader:
         return self._epochs[epoch]
 
     def _pack(self, epoch: int) -> list[list[tuple[int, int]]]:
-        chosen = [(s, int(i)) for s in range(len(self._sources)) for i in self._chosen(s, epoch)]
-        if self._shuffle:
-            chosen = [chosen[i] for i in _permutation(len(chosen), self.seed, 1, epoch)]
+        sizes = [len(source) for source in self._sources]
+        chosen = epoch_order(sizes, self._weights, self.seed, epoch, shuffle=self._shuffle)
         lengths = [int(self._lengths[s][i]) for s, i in chosen]
         rows = [[chosen[i] for i in row] for row in first_fit(lengths, self.row_tokens)]
         # Late documents of first-fit fill gaps in early rows: shuffled, so that length doesn't go with time.
         return [rows[i] for i in _permutation(len(rows), self.seed, 2, epoch)] if self._shuffle else rows
-
-    def _chosen(self, source: int, epoch: int) -> Iterator[int]:
-        """A source's documents in an epoch: the next ``weight × n`` of endless permutations of it."""
-        n, weight = len(self._sources[source]), self._weights[source]
-        at, stop = floor(epoch * weight * n), floor((epoch + 1) * weight * n)
-        while at < stop:
-            cycle, start = divmod(at, n)
-            end = min(n, start + stop - at)
-            order = (
-                _permutation(n, self.seed, 3, cycle, source)
-                if self._shuffle or end - start < n
-                else np.arange(n)
-            )
-            part = order[start:end]
-            yield from part if self._shuffle else np.sort(part)
-            at += end - start
 
     def _hash(self) -> str:
         parts = [self.seed, self.row_tokens]
@@ -248,6 +231,38 @@ class Joined(Sequence):
         index = index % len(self)
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         return self._parts[part][index - int(self._starts[part])]
+
+
+def epoch_order(
+    sizes: Sequence[int], weights: Sequence[Fraction], seed: int, epoch: int, *, shuffle: bool = True
+) -> list[tuple[int, int]]:
+    """What an epoch holds, in its order: of each source the next ``weight × n`` items, as (source, item).
+
+    Args:
+        sizes: items of each source.
+        weights: passes over each source in an epoch.
+        shuffle: False keeps each source's order, one source after the other.
+    """
+    chosen = [
+        (source, int(i))
+        for source, (n, weight) in enumerate(zip(sizes, weights, strict=True))
+        for i in _drawn(n, weight, seed, epoch, source, shuffle)
+    ]
+    return [chosen[i] for i in _permutation(len(chosen), seed, 1, epoch)] if shuffle else chosen
+
+
+def _drawn(n: int, weight: Fraction, seed: int, epoch: int, source: int, shuffle: bool) -> Iterator[int]:
+    """The next ``weight × n`` of endless permutations of a source."""
+    at, stop = floor(epoch * weight * n), floor((epoch + 1) * weight * n)
+    while at < stop:
+        cycle, start = divmod(at, n)
+        end = min(n, start + stop - at)
+        # Half a source, even in its order, is another half in the next epoch.
+        whole = end - start == n
+        order = _permutation(n, seed, 3, cycle, source) if shuffle or not whole else np.arange(n)
+        part = order[start:end]
+        yield from part if shuffle else np.sort(part)
+        at += end - start
 
 
 def _permutation(n: int, *key: int) -> np.ndarray:
@@ -299,15 +314,27 @@ def build_loader(
             )
         loaded = load_documents(manifest, source.split, encoding)
         documents.append(loaded.fitted(data.row_tokens, cut=manifest.format == "text"))
-    return PackedLoader(
-        documents,
-        rows_per_step=recipe.rows_per_step if train else world_size,
-        row_tokens=data.row_tokens,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-        weights=[source.weight for source in given],
-        pad_id=tokenizer.eos_id,
-        shuffle=train,
-        tag_sources=recipe.objective.kind == "distill",
-    )
+    options = loader_options(recipe, tokenizer, given, rank=rank, world_size=world_size, train=train)
+    return PackedLoader(documents, **options, tag_sources=recipe.objective.kind == "distill")
+
+
+def loader_options(
+    recipe: Recipe,
+    tokenizer: ChatTokenizer,
+    sources: Sequence[DataSource],
+    *,
+    rank: int,
+    world_size: int,
+    train: bool,
+) -> dict[str, Any]:
+    """What a recipe says of a loader, whatever its units are: arguments of ``PackedLoader``."""
+    return {
+        "rows_per_step": recipe.rows_per_step if train else world_size,
+        "row_tokens": recipe.data.row_tokens,
+        "seed": recipe.seed,
+        "rank": rank,
+        "world_size": world_size,
+        "weights": [source.weight for source in sources],
+        "pad_id": tokenizer.eos_id,
+        "shuffle": train,
+    }

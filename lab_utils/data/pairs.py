@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lab_utils.data.documents import Document, Documents, Encoded, Encoding, encoding_of, load_stored
-from lab_utils.data.loader import Joined, PackedLoader
+from lab_utils.data.loader import Joined, PackedLoader, loader_options
 from lab_utils.data.manifest import Manifest, load_manifest
 from lab_utils.data.rows import PackedRows
 from lab_utils.data.sources import cache_root
@@ -285,16 +285,7 @@ def build_pair_loader(
         )
         for source in given
     ]
-    loader = PairLoader(
-        pairs,
-        rows_per_step=recipe.rows_per_step if train else world_size,
-        row_tokens=data.row_tokens,
-        seed=recipe.seed,
-        rank=rank,
-        world_size=world_size,
-        weights=[source.weight for source in given],
-        pad_id=tokenizer.eos_id,
-        shuffle=train,
-    )
+    options = loader_options(recipe, tokenizer, given, rank=rank, world_size=world_size, train=train)
+    loader = PairLoader(pairs, **options)
     loader.reference = reference
     return loader

@@ -75,6 +75,12 @@ class PackedRows:
         padding = replace(padding, position_ids=ends, document_ids=torch.full_like(ends, -1))
         return self.joined([self, padding])
 
+    @property
+    def model_weights(self) -> Tensor:
+        """``loss_weights`` for what the model trains besides the objective: not on answers that were rejected."""
+        role = self.side.get("role")
+        return self.loss_weights if role is None else self.loss_weights * (role == 0)
+
     def document_lengths(self) -> list[int]:
         """Tokens of each document, row by row."""
         lengths: list[int] = []

@@ -122,7 +122,7 @@ class Passes(Reader):
         """What this rank's auxiliary losses will be over, by name, where the model can tell before its forward pass."""
         if self._counts_of is None:
             return {}
-        parts = [self._counts_of(m.position_ids, m.document_ids, m.loss_weights) for m in micro]
+        parts = [self._counts_of(m.position_ids, m.document_ids, m.model_weights) for m in micro]
         return {name: float(sum(part[name] for part in parts)) for name in sorted(parts[0])}
 
     def train(self, micro: list[PackedRows], shares: Shares) -> dict[str, Metric]:
@@ -141,7 +141,7 @@ class Passes(Reader):
 
     def loss(self, rows: PackedRows, shares: Shares) -> tuple[torch.Tensor, dict[str, Metric]]:
         """This micro-batch's share of the global batch's loss, and its metrics."""
-        options = {} if self._counts_of is None else {"loss_weights": rows.loss_weights}
+        options = {} if self._counts_of is None else {"loss_weights": rows.model_weights}
         return self._total(self.model(*_inputs(rows), **options, **_routing(rows)), rows, shares)
 
     def look(self, batches: list[PackedRows]) -> list[dict[str, Metric]]:

@@ -6,15 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from lab_utils.engine.reduce import MAX, all_reduce
-from lab_utils.errors import LayoutError
 
 
 def make_sampler(engine: Any, folder: Path) -> Any:
-    """The sampler of ``recipe.rollout``.
-
-    Raises:
-        LayoutError: the model is cut into stages, and a token needs all of them.
-    """
+    """The sampler of ``recipe.rollout``."""
     rollout, layout = engine.recipe.rollout, engine.layout
     encoding = engine.parts.encoding
     if rollout.source == "server":
@@ -27,11 +22,6 @@ def make_sampler(engine: Any, folder: Path) -> Any:
             rank=layout.dp_rank,
             model=rollout.server_model,
             reload=rollout.reload,
-        )
-    if layout.pp_size > 1:
-        raise LayoutError(
-            f"rollout.source=in_process needs the whole model in one stage, but parallel.pp is {layout.pp_size}: set "
-            "it to 1, or sample by a server (rollout.source=server)."
         )
     from lab_utils.rollouts.in_process import InProcess
 

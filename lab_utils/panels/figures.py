@@ -118,36 +118,6 @@ def overview(metrics: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def before_after(report: dict) -> Figure:
-    """Exact match by task family, before and after training.
-
-    Args:
-        report: ``report.json`` of a run: ``exact_match.before``, ``.after`` in 0–1, ``by_family``.
-    """
-    families = sorted(report["by_family"], key=lambda f: report["by_family"][f]["after"])
-    figure, axes = _canvas(1, 1, 8.5, 0.46 * len(families) + 1.5)
-    ax = axes[0, 0]
-    for y, family in enumerate(families):
-        row = report["by_family"][family]
-        before, after = 100 * row["before"], 100 * row["after"]
-        ax.plot([before, after], [y, y], color=GRID, linewidth=5, solid_capstyle="round", zorder=1)
-        ax.scatter(before, y, s=52, color=BEFORE, zorder=2, label="before" if y == 0 else None)
-        ax.scatter(after, y, s=52, color=AFTER, zorder=3, label="after" if y == 0 else None)
-        ax.annotate(f"{after:.0f}", (after, y), (8, 0), textcoords="offset points", va="center", fontsize=8.5)
-    ax.set_yticks(
-        range(len(families)), [f"{f.replace('_', ' ')}  (n={report['by_family'][f]['n']})" for f in families]
-    )
-    ax.set(xlim=(-3, 108), xlabel="exact match on the held-out test split, %")
-    total = report["exact_match"]
-    ax.set_title(
-        f"Answers before and after: {100 * total['before']:.1f} % → {100 * total['after']:.1f} % of {report['n']}"
-    )
-    ax.legend(frameon=False, loc="lower right", ncols=2, bbox_to_anchor=(1, 1.0))
-    ax.grid(axis="y", visible=False)
-    ax.spines[["top", "right", "left"]].set_visible(False)
-    return figure
-
-
 def weight_changes(audit: dict) -> Figure:
     """How far each tensor moved, by component: ‖W_after - W_before‖ / ‖W_before‖.
 

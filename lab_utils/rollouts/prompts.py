@@ -7,7 +7,7 @@ Epoch ``e`` takes the next ``weight × rows`` of endless permutations of each so
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab_utils.data.documents import Encoding, encoding_of
 from lab_utils.data.encoding import encode_messages
+from lab_utils.data.loader import epoch_order
 from lab_utils.data.manifest import load_manifest
 from lab_utils.errors import DataError
 
@@ -139,26 +140,10 @@ class Prompts:
     def _rows(self, epoch: int) -> list[tuple[int, int]]:
         """The prompts of an epoch as (source, row)."""
         if self._order is None or self._order[0] != epoch:
-            from lab_utils.data.loader import _permutation
-
-            chosen = [(s, i) for s in range(len(self._sources)) for i in self._chosen(s, epoch)]
-            if self._shuffle:
-                chosen = [chosen[i] for i in _permutation(len(chosen), self.seed, 1, epoch)]
-            self._order = (epoch, chosen)
+            sizes = [len(rows) for rows in self._sources]
+            order = epoch_order(sizes, self._weights, self.seed, epoch, shuffle=self._shuffle)
+            self._order = (epoch, order)
         return self._order[1]
-
-    def _chosen(self, source: int, epoch: int) -> Iterator[int]:
-        """A source's rows in an epoch: the next ``weight × n`` of endless permutations of it."""
-        from lab_utils.data.loader import _permutation
-
-        n, weight = len(self._sources[source]), self._weights[source]
-        at, stop = floor(epoch * weight * n), floor((epoch + 1) * weight * n)
-        while at < stop:
-            cycle, start = divmod(at, n)
-            end = min(n, start + stop - at)
-            order = _permutation(n, self.seed, 3, cycle, source) if self._shuffle else range(n)
-            yield from (int(i) for i in order[start:end])
-            at += end - start
 
     def _hash(self, keys: Sequence[str] | None) -> str:
         keys = keys or [hashlib.sha256(repr(list(rows)).encode()).hexdigest() for rows in self._sources]

@@ -165,6 +165,33 @@ def check_accelerator(recipe: Recipe) -> None:
         )
 
 
+def check_rollouts(recipe: Recipe) -> None:
+    """Samples can be taken under the layout, and every reward is there and has the options that it is given.
+
+    Raises:
+        LayoutError: prompts that the ranks can't share, or a pipeline where the trained model samples.
+        RecipeError: an unknown reward or option.
+    """
+    rollout, objective = recipe.rollout, recipe.objective
+    if rollout is None:
+        return
+    dp, updates = recipe.layout()[0], objective.updates_per_rollout
+    if rollout.prompts % (dp * updates):
+        raise LayoutError(
+            f"rollout.prompts={rollout.prompts} cannot be shared evenly by {dp} data-parallel ranks and "
+            f"objective.updates_per_rollout={updates}: use a multiple of {dp * updates}."
+        )
+    if rollout.source == "in_process" and recipe.parallel.pp > 1:
+        raise LayoutError(
+            f"rollout.source=in_process needs the whole model in one stage, but parallel.pp is {recipe.parallel.pp}: "
+            "set it to 1, or sample by a server (rollout.source=server)."
+        )
+    if objective.kind == "grpo":
+        from lab_utils.rollouts.rewards import load_rewards
+
+        load_rewards(objective.rewards, ask=lambda prompts: ["" for _ in prompts])
+
+
 def preflight(recipe: Recipe, root: Path) -> None:
     """All checks, the cheapest first. The devices are the local launcher's business; a cluster has its own.
 
@@ -174,6 +201,7 @@ def preflight(recipe: Recipe, root: Path) -> None:
     recipe.layout()
     if recipe.cluster.launcher == "local":
         check_accelerator(recipe)
+    check_rollouts(recipe)
     check_model(recipe)
     check_disk(recipe, root)
     check_data(recipe)

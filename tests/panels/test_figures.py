@@ -39,16 +39,6 @@ def test_shares_are_drawn_in_percent(metrics):
     assert axes[0, 0].lines[-1].get_ydata().max() > 50
 
 
-def test_before_and_after_are_ordered_by_result():
-    by_family = {"b": {"n": 3, "before": 0.0, "after": 1.0}, "a": {"n": 5, "before": 0.2, "after": 0.4}}
-    figure = figures.before_after(
-        {"n": 8, "exact_match": {"before": 0.1, "after": 0.6}, "by_family": by_family}
-    )
-    ax = figure.axes[0]
-    assert [t.get_text()[0] for t in ax.get_yticklabels()] == ["a", "b"]
-    assert "10.0 % → 60.0 %" in ax.get_title(loc="left")
-
-
 def test_packed_rows_tell_documents_padding_and_loss_apart():
     documents = np.array([[0, 0, 1, 1, -1]])
     figure = figures.packed_rows(documents, np.array([[0, 1, 0, 1, 0]]))

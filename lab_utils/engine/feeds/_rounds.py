@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,8 +26,9 @@ from lab_utils.engine.feeds import Feed
 from lab_utils.engine.feeds._pack import Text, pack
 from lab_utils.engine.reduce import MAX, all_reduce, gather_objects
 from lab_utils.engine.sampling import make_sampler
-from lab_utils.errors import DataError, LayoutError
+from lab_utils.errors import DataError
 from lab_utils.models.generate import Request, Sample, Sampling
+from lab_utils.runs.checks import check_rollouts
 from lab_utils.telemetry.reductions import Max, Mean, Metric
 
 SHOWN = 4  # answers of a round that go into samples.jsonl
@@ -48,7 +50,7 @@ class Group:
     samples: list[Sample] = field(default_factory=list)
 
 
-class Rounds(Feed):
+class Rounds(Feed, ABC):
     """Rows of this rank, a round of samples at a time; subclasses say what is learned from the samples."""
 
     part = "generate"
@@ -58,11 +60,7 @@ class Rounds(Feed):
         super().__init__(engine)
         recipe = engine.recipe
         self.rollout, self.updates = recipe.rollout, recipe.objective.updates_per_rollout
-        if self.rollout.prompts % (engine.dp * self.updates):
-            raise LayoutError(
-                f"rollout.prompts={self.rollout.prompts} cannot be shared evenly by {engine.dp} data-parallel ranks "
-                f"and objective.updates_per_rollout={self.updates}: use a multiple of {engine.dp * self.updates}."
-            )
+        check_rollouts(recipe)
         self.folder = engine.run_dir.path / "rollouts"
         self.folder.mkdir(exist_ok=True)
         self.sampling = Sampling(
@@ -76,9 +74,9 @@ class Rounds(Feed):
 
     # -- what subclasses do -------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def texts(self, groups: list[Group]) -> list[list[Text]]:
         """What this rank's samples teach, by update; may run models and other ranks' collectives."""
-        raise NotImplementedError
 
     def refine(self, micro: list[PackedRows]) -> list[PackedRows]:
         """Micro-batches of one update, on the device, before the round's first update: with what the weights that

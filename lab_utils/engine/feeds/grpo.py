@@ -111,6 +111,15 @@ class GrpoFeed(Rounds):
         """Log-probabilities of the sampling weights, as training computes them, and of the reference."""
         engine, temperature = self.engine, self.rollout.temperature
         old = engine.passes.token_logps(micro, temperature)
+        # A server may give none: then the trainer's own stand for them, and there is no gap to see.
+        micro = [
+            replace(
+                rows,
+                side={**rows.side, "sampler_logps": rows.side["sampler_logps"].where(~said.isnan(), logps)},
+            )
+            for rows, logps in zip(micro, old, strict=True)
+            for said in [rows.side["sampler_logps"]]
+        ]
         self._watch(micro, old)
         side = [{"old_logps": logps} for logps in old]
         if self.reference is not None:

@@ -132,6 +132,8 @@ def stage_forward(
         # Nothing before here is trained (the indexer's warm-up), and the schedule will send a gradient all the same.
         h_BTnD = h_BTnD.detach().requires_grad_()
     if stages.is_last_stage():
+        if loss_weights is not None and "side.role" in batch:
+            loss_weights = loss_weights * (batch["side.role"] == 0)  # as PackedRows.model_weights
         return model.finish(at, h_BTnD, loss_weights)
     for name, loss in model.losses(at).items():
         h_BTnD = _Tie.apply(h_BTnD, model.stage.share(name, loss))
