@@ -128,6 +128,30 @@ def test_distillation_draws_nearer_to_its_teacher(tmp_path):
         assert sum(divergence[-3:]) < factor * sum(divergence[:3]), (name, divergence)
 
 
+PAIRS = {"train": [{"manifest": "ascent-tasks-preference", "split": "validation"}], "row_tokens": 1024}
+TEXTS = {"train": [{"manifest": "ascent-tasks-sft", "split": "validation"}], "row_tokens": 512}
+LAYOUT_FREE = {
+    "kto": {"objective": {"kind": "preference", "loss": "kto", "reference": "live"}, "data": PAIRS},
+    "distill": {
+        "objective": {"kind": "distill", "teachers": [{"source": "preset:tiny"}], "on_policy": False},
+        "data": TEXTS,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUT_FREE)
+def test_an_objective_gives_the_same_losses_under_expert_and_pipeline_parallelism(tmp_path, kind):
+    """A live reference, the look at a whole batch that kto takes, and a teacher go through the stages too."""
+    tree = {**LAYOUT_FREE[kind], "optim": {"lr": 1e-4}}
+    tree["schedule"] = {"steps": 3, "batch_tokens": 4096, "warmup_steps": 0}
+    whole = trained(tree, tmp_path / "one")
+    cut = trained({**tree, "parallel": {"ep": 2, "pp": 2}}, tmp_path / "four", ranks=4)
+    expected, found = (
+        [row["train/loss"] for row in lines(run) if "train/loss" in row] for run in (whole, cut)
+    )
+    assert found == pytest.approx(expected, rel=1e-4) and len(found) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
