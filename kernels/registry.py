@@ -17,6 +17,9 @@ import torch
 
 PREFERENCE = ("npu", "triton", "torch", "reference")
 _forced: dict[str, str] = {}
+_found: dict[
+    tuple[str, str, torch.dtype], Callable
+] = {}  # looked up before: a decoding step asks a hundred times
 
 
 def operators() -> list[str]:
@@ -48,8 +51,17 @@ def get(operator: str, device_type: str = "cpu", dtype: torch.dtype = torch.floa
     Raises:
         ValueError: no such operator, or a forced implementation that is missing or does not run there.
     """
-    name, _ = _choose(operator, device_type, dtype)
-    return getattr(importlib.import_module(f"kernels.{operator}.{name}"), operator)
+    found = _found.get((operator, device_type, dtype))
+    if found is None:
+        name, _ = _choose(operator, device_type, dtype)
+        found = getattr(importlib.import_module(f"kernels.{operator}.{name}"), operator)
+        _found[operator, device_type, dtype] = found
+    return found
+
+
+def refresh() -> None:
+    """Choose anew: after ASCENT_KERNELS has changed within the process."""
+    _found.clear()
 
 
 def explain(operator: str, device_type: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, str]:
@@ -63,11 +75,13 @@ def force(**choices: str) -> Iterator[None]:
     """Within the block, use these implementations: ``with force(rope="reference"): …``."""
     before = dict(_forced)
     _forced.update(choices)
+    refresh()
     try:
         yield
     finally:
         _forced.clear()
         _forced.update(before)
+        refresh()
 
 
 def _choose(operator: str, device_type: str, dtype: torch.dtype) -> tuple[str, str]:

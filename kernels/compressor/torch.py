@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype
+from kernels._support import apply, full_dtype
 from kernels.geometry import Entries, Geometry
 
 
@@ -96,4 +96,4 @@ def compressor(
     entries = geometry.entries(rate)
     if entries.count == 0:
         return kv_BTF[:, :0, : kv_BTF.shape[-1] // (2 if overlap else 1)]
-    return _Compress.apply(kv_BTF, gate_BTF, bias_mF, entries, overlap)
+    return apply(_Compress, kv_BTF, gate_BTF, bias_mF, entries, overlap)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
+from kernels._support import apply
 
 
 class _Combine(torch.autograd.Function):
@@ -32,4 +33,4 @@ def sum_of_token(rows_MD: Tensor, order_M: Tensor, k: int) -> Tensor:
 
 def expert_combine(rows_MD: Tensor, order_M: Tensor, k: int) -> Tensor:
     """See ``reference.expert_combine``."""
-    return _Combine.apply(rows_MD, order_M, k)
+    return apply(_Combine, rows_MD, order_M, k)

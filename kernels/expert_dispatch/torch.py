@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
+from kernels._support import apply
 from kernels.expert_combine.torch import sum_of_token
 
 
@@ -24,4 +25,4 @@ class _Dispatch(torch.autograd.Function):
 
 def expert_dispatch(x_ND: Tensor, order_M: Tensor, k: int) -> Tensor:
     """See ``reference.expert_dispatch``."""
-    return _Dispatch.apply(x_ND, order_M, k)
+    return apply(_Dispatch, x_ND, order_M, k)

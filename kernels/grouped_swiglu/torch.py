@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels._products import grouped_mm, grouped_outer
-from kernels._support import any_device, count, gather_rows, working_dtype, workspace
+from kernels._support import any_device, apply, count, gather_rows, working_dtype, workspace
 
 
 def unsupported(device_type: str, dtype: torch.dtype) -> str | None:
@@ -126,4 +126,4 @@ def grouped_swiglu(
             f"grouped_swiglu: model width {x_ND.shape[-1]} and expert width {down_EDF.shape[-1]} must each be a "
             f"multiple of {step}; change the configuration or force grouped_swiglu=reference."
         )
-    return _Experts.apply(x_ND, experts_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)
+    return apply(_Experts, x_ND, experts_Nk, weights_Nk, gate_up_EGD, down_EDF, limit)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype
+from kernels._support import apply, full_dtype
 
 
 class _Mix(torch.autograd.Function):
@@ -32,4 +32,4 @@ class _Mix(torch.autograd.Function):
 
 def hyper_connection_post(h_NnD: Tensor, y_ND: Tensor, post_Nn: Tensor, comb_Njk: Tensor) -> Tensor:
     """See ``reference.hyper_connection_post``; the coefficients are fp32."""
-    return _Mix.apply(h_NnD, y_ND, post_Nn, comb_Njk)
+    return apply(_Mix, h_NnD, y_ND, post_Nn, comb_Njk)

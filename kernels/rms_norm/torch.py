@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype
+from kernels._support import apply, full_dtype, is_few
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -36,6 +37,16 @@ class _RmsNorm(torch.autograd.Function):
         return d_x.view(x.shape).to(x.dtype), d_weight, None
 
 
+def _few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    found = x.numpy()
+    square = np.vecdot(found, found)
+    found = found * (1 / np.sqrt(square / np.float32(found.shape[-1]) + np.float32(eps)))[..., None]
+    found *= weight.detach().numpy()
+    return torch.from_numpy(found)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``reference.rms_norm``."""
-    return _RmsNorm.apply(x, weight, eps)
+    if is_few(x) and weight.dtype == torch.float32:
+        return _few(x, weight, eps)
+    return apply(_RmsNorm, x, weight, eps)

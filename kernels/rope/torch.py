@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
+from kernels._support import apply
 
 
 def rotate_(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
@@ -35,4 +36,4 @@ class _Rope(torch.autograd.Function):
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """See ``reference.rope``; cos and sin get no gradient."""
-    return _Rope.apply(x, cos, sin)
+    return apply(_Rope, x, cos, sin)

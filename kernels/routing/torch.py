@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kernels._products import mm
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype
+from kernels._support import apply, full_dtype
 from kernels.routing.reference import SCORES, choose
 
 
@@ -42,6 +42,6 @@ def routing(
     want_scores: bool = False,
 ) -> tuple[Tensor, ...]:
     """See ``reference.routing``."""
-    scores_NE = SCORES[scoring](_Logits.apply(x_ND, weight_ED))
+    scores_NE = SCORES[scoring](apply(_Logits, x_ND, weight_ED))
     found = choose(scores_NE, k, scaling, bias_E, experts_Nk)
     return (*found, scores_NE) if want_scores else found

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import full_dtype, working_dtype
+from kernels._support import apply, full_dtype, working_dtype
 from kernels.geometry import BlockPlan, Chunk, Geometry
 from kernels.rms_norm.torch import inverse_rms
 from kernels.rope.torch import rotate_
@@ -222,7 +222,8 @@ def shared_kv_attention(
     block = window // 2 if window >= 64 and window % 2 == 0 else window
     plan = geometry.plan(block, window, rate if entries_BCK is not None else None, q_BTHK.shape[2])
     want_mass = want_mass and entries_BCK is not None
-    return _Attention.apply(
+    return apply(
+        _Attention,
         q_BTHK.contiguous(),
         kv_BTK,
         entries_BCK,

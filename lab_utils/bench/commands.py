@@ -1,4 +1,4 @@
-"""``lab bench step | layout | quality``: comparisons with a peer, side by side in one process chain, as ratios."""
+"""``lab bench …``: comparisons with a peer, side by side in one process chain, as ratios."""
 
 from __future__ import annotations
 
@@ -80,6 +80,52 @@ def step(
         f"One training step, {preset}, {dtype} on {device}; peak {rows[0]['peak_flops'] / 1e9:,.0f} GFLOP/s"
     )
     emit(rows, as_json, lambda: table(title, columns, drawn, right=columns[1:]))
+
+
+@app.command()
+def generate(
+    source: str = typer.Option("base:tiny", help="The model."),
+    batches: str = typer.Option("1,8,32", help="Prompts answered together, separated by commas."),
+    prompt_tokens: int = typer.Option(64, min=1, help="Tokens of a prompt."),
+    new_tokens: int = typer.Option(64, min=1, help="Tokens of an answer."),
+    rounds: int = typer.Option(3, min=1, help="How often both are measured in turn."),
+    threads: int = typer.Option(None, min=1, help="CPU threads; absent: torch's choice."),
+    device: str = typer.Option("cpu", help="cpu or cuda."),
+    dtype: str = typer.Option("float32", help="float32 or bfloat16."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """Tokens generated a second, with our key-value cache beside transformers' generate."""
+    from lab_utils.bench.generate import bench_generate
+    from lab_utils.errors import RecipeError
+
+    try:
+        sizes = tuple(int(batch) for batch in batches.split(","))
+    except ValueError:
+        raise RecipeError(f"--batches {batches}: expected numbers, as in 1,8,32.") from None
+    found = bench_generate(
+        source,
+        sizes,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+        dtype=dtype,
+        on_row=lambda row: say(f"measured batch {row['batch']}"),
+    )
+    columns = ["batch", "ours tok/s", "peer tok/s", "ratio", "same answers %"]
+    drawn = [
+        (
+            str(row["batch"]),
+            f"{row['ours_tokens_per_s']:,.0f}",
+            f"{row['peer_tokens_per_s']:,.0f}",
+            f"{row['ratio']:.1f}×",
+            f"{100 * row['same_tokens']:.0f}",
+        )
+        for row in found
+    ]
+    title = f"Greedy decoding, {source}, {dtype} on {device}, {prompt_tokens} + {new_tokens} tokens"
+    emit(found, as_json, lambda: table(title, columns, drawn, right=columns))
 
 
 @app.command()

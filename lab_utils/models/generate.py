@@ -1,7 +1,6 @@
 """Answers of a model: prompts of different lengths together, each until its end token, greedy or sampled.
 
-Every token is computed from the whole prefix, the prefixes packed in rows: right for any ``TrainableModel`` under data
-and expert parallelism, at a cost that grows with the square of the length. There is no key-value cache yet.
+Answers are gone on with in rows (``decoding``): as one ends, the next request takes its place.
 """
 
 from __future__ import annotations
@@ -13,21 +12,17 @@ import torch
 from torch import Tensor
 
 from lab_utils.models.base import TrainableModel
+from lab_utils.models.decoding import Decoded, Decoding, start_decoding
 from lab_utils.models.sampling import Request, Sample, Sampling, draw, uniform
 
 __all__ = ["Request", "Sample", "Sampling", "generate", "greedy_generate"]
 
-ROW_TOKENS = 512  # a row holds several short prefixes
+SLOTS = 128  # answers gone on with at a time, where nobody says how many
 Lockstep = Callable[[bool, bool], tuple[bool, bool]]
 
 
 def greedy_generate(
-    model: TrainableModel,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    eos_id: int,
-    batch_tokens: int = 8192,
+    model: TrainableModel, prompts: list[list[int]], *, max_new_tokens: int, eos_id: int
 ) -> list[list[int]]:
     """The most probable continuation of each prompt, in the order given, without the end token.
 
@@ -35,14 +30,7 @@ def greedy_generate(
         ValueError: an empty prompt.
     """
     requests = [Request(prompt, i, max_new_tokens) for i, prompt in enumerate(prompts)]
-    found = generate(
-        model,
-        requests,
-        sampling=Sampling(0.0),
-        eos_id=eos_id,
-        slots=max(len(prompts), 1),
-        batch_tokens=batch_tokens,
-    )
+    found = generate(model, requests, sampling=Sampling(0.0), eos_id=eos_id, slots=SLOTS)
     return [sample.tokens[:-1] if sample.finished else sample.tokens for sample in found]
 
 
@@ -53,11 +41,11 @@ def generate(
     *,
     sampling: Sampling,
     eos_id: int,
-    slots: int = 64,
+    slots: int = SLOTS,
     want_routing: bool = False,
     on_tokens: Callable[[list[tuple[int, int, float]]], None] | None = None,
     lockstep: Lockstep | None = None,
-    batch_tokens: int = 8192,
+    decoding: Decoding | None = None,
 ) -> list[Sample]:
     """The answer to each request, in order.
 
@@ -71,42 +59,62 @@ def generate(
         lockstep: for ranks that share experts, whose forward passes are collectives: takes whether this rank has a pass
             to run and whether it has answers to sample, returns the same over all of them. A rank with nothing to do
             runs one token.
-        batch_tokens: tokens of one forward pass.
+        decoding: how the model goes on with texts; absent: its own way (``start_decoding``).
 
     Raises:
         ValueError: an empty prompt.
     """
     if any(not request.prompt for request in requests):
         raise ValueError("prompts: every prompt needs at least one token; drop the empty ones.")
+    decoding = start_decoding(model) if decoding is None else decoding
     samples = [_begun(request, eos_id) for request in requests]
     waiting = [i for i, request in enumerate(requests) if not _whole(samples[i], request)][::-1]
-    live: list[int] = []
-    while True:
-        while waiting and len(live) < slots:
-            live.append(waiting.pop())
-        if not _any(lockstep, bool(live)):
-            break
-        told = []
-        texts = {i: requests[i].prompt + samples[i].tokens for i in live}
-        batches = _batches(live, {i: len(text) for i, text in texts.items()}, batch_tokens)
-        while _any(lockstep, bool(batches)):
-            if not batches:
-                _last_logits(model, [[eos_id]], False)
-                continue
-            batch = batches.pop(0)
-            logits_RV, routes = _last_logits(model, [texts[i] for i in batch], want_routing)
-            noise = [uniform(sampling.seed, requests[i].key, len(samples[i].tokens)) for i in batch]
-            tokens, logps, kept = draw(logits_RV, sampling, noise)
-            for row, i in enumerate(batch):
+    routes: list[list[Tensor]] = [[] for _ in requests]
+    live: list[int] = []  # the request of each row
+    while _any(lockstep, bool(live or waiting)):
+        told: list[tuple[int, int, float]] = []
+
+        def take(numbers: list[int], found: Decoded, told: list = told) -> None:
+            noise = []
+            if sampling.temperature:
+                noise = [uniform(sampling.seed, requests[i].key, len(samples[i].tokens)) for i in numbers]
+            tokens, logps, kept = draw(found.logits_RV, sampling, noise)
+            for row, i in enumerate(numbers):
                 _extend(samples[i], tokens[row], logps[row], tokens[row] == eos_id)
-                if routes is not None:
-                    samples[i].routing = routes[row]
+                if found.routing is not None:
+                    routes[i].append(found.routing[row])
                 if kept is not None:
                     samples[i].kept.append(kept[row])
                 told.append((requests[i].key, tokens[row], logps[row]))
+
+        going_on = list(live)
+        if going_on:
+            last = [samples[i].tokens[-1] for i in going_on]
+        came = [waiting.pop() for _ in range(min(slots - len(live), len(waiting)))]
+        texts = [requests[i].prompt + samples[i].tokens for i in came]
+        passes = decoding.batches([len(text) for text in texts]) if texts else []
+        # One pass goes on with every answer that is there, others begin those that have come.
+        while _any(lockstep, bool(going_on or passes)):
+            if going_on:
+                take(going_on, decoding.step(last, want_routing=want_routing))
+                going_on = []
+            elif passes:
+                some = passes.pop(0)
+                live += [came[at] for at in some]
+                found = decoding.prefill([texts[at] for at in some], want_routing=want_routing)
+                take([came[at] for at in some], found)
+            else:
+                decoding.idle()
         if on_tokens is not None and told:
             on_tokens(told)
-        live = [i for i in live if not _whole(samples[i], requests[i])]
+        for row in reversed(range(len(live))):
+            if _whole(samples[live[row]], requests[live[row]]):
+                decoding.drop(row)
+                end = live.pop()
+                if row < len(live):
+                    live[row] = end
+    for sample, parts in zip(samples, routes, strict=True):
+        sample.routing = torch.cat(parts) if parts else None
     _complete(model, requests, samples, sampling, want_routing, lockstep)
     return samples
 
@@ -162,52 +170,6 @@ def _complete(
 
 def _any(lockstep: Lockstep | None, own: bool) -> bool:
     return own if lockstep is None else lockstep(own, own)[0]
-
-
-def _batches(live: list[int], lengths: dict[int, int], batch_tokens: int) -> list[list[int]]:
-    """Answers in their order, as many together as ``batch_tokens`` holds (or one)."""
-    batches: list[list[int]] = []
-    room = 0
-    for i in live:
-        if lengths[i] > room:
-            batches.append([])
-            room = max(batch_tokens, lengths[i])
-        batches[-1].append(i)
-        room -= lengths[i]
-    return batches
-
-
-def _last_logits(
-    model: TrainableModel, texts: list[list[int]], want_routing: bool
-) -> tuple[Tensor, list[Tensor] | None]:
-    """fp32 logits ``[R, V]`` behind each text, and the routing of its tokens; texts lie packed in rows."""
-    device = model.head_weight.device
-    width = max(ROW_TOKENS, *(len(text) for text in texts))
-    places: list[tuple[int, int]] = []  # row and first token of each text
-    row, filled = 0, 0
-    for text in texts:
-        if filled + len(text) > width:
-            row, filled = row + 1, 0
-        places.append((row, filled))
-        filled += len(text)
-    ids = torch.zeros(row + 1, width, dtype=torch.long)
-    documents = torch.full_like(ids, -1)
-    positions = torch.arange(width).repeat(row + 1, 1)
-    for number, (text, (r, start)) in enumerate(zip(texts, places)):
-        end = start + len(text)
-        ids[r, start:end] = torch.tensor(text)
-        documents[r, start:end] = number
-        positions[r, start:end] = torch.arange(len(text))
-        positions[r, end:] = torch.arange(width - end)  # padding, until another text takes the place
-    with model.record_routing() if want_routing else nullcontext() as record:
-        hidden_BTD = model(ids.to(device), positions.to(device), documents.to(device)).hidden_BTD
-    at_row = torch.tensor([r for r, _ in places], device=device)
-    last = torch.tensor([start + len(text) - 1 for text, (_, start) in zip(texts, places)], device=device)
-    routes = None
-    if want_routing:
-        routing = record.to_rows(row + 1).cpu()
-        routes = [routing[r, start : start + len(text)].clone() for text, (r, start) in zip(texts, places)]
-    return hidden_BTD[at_row, last].float() @ model.head_weight.float().T, routes
 
 
 def _all_logits(model: TrainableModel, text: list[int], want_routing: bool) -> tuple[Tensor, Tensor | None]:

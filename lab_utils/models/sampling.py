@@ -76,8 +76,8 @@ def draw(
         uniforms: one a row; the token is where the cumulated probabilities, by id, pass it.
     """
     if sampling.temperature == 0:
-        best = logits_RV.argmax(-1)
-        logps = logits_RV.log_softmax(-1).gather(1, best[:, None])[:, 0]
+        highest_R, best = logits_RV.max(-1)
+        logps = highest_R - logits_RV.logsumexp(-1)
         return best.tolist(), logps.tolist(), None
     logits_RV = logits_RV / sampling.temperature
     if sampling.cuts:
@@ -95,7 +95,7 @@ def draw(
 
 def _kept(logits_RV: Tensor, sampling: Sampling) -> Tensor:
     """Which tokens stay: the ``top_k`` likeliest, and of them the fewest whose mass reaches ``top_p``."""
-    sorted_RV, order_RV = logits_RV.sort(-1, descending=True, stable=True)
+    sorted_RV, order_RV = logits_RV.sort(dim=-1, descending=True, stable=True)
     stays = torch.ones_like(sorted_RV, dtype=torch.bool)
     if sampling.top_k:
         stays[:, sampling.top_k :] = False

@@ -113,7 +113,10 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
         """The block's output ``[B, T, D]`` and, in CSA layers that want it, the indexer's ``(KL sum, queries)``."""
-        geometry, angles = context.geometry, context.angles(self.rope_kind)
+        geometry, angles, caching = context.geometry, context.angles(self.rope_kind), context.caching
+        if caching is not None and caching.step is not None:
+            out_R1HK = caching.layers[self].step(x_BTD, angles, caching.step)
+            return self.o_b_proj(self.o_a_proj(out_R1HK.flatten(2))), None
         q_residual = self.q_a_norm(self.q_a_proj(x_BTD))
         q_BTHK = self.q_b_proj(q_residual).unflatten(-1, (self.heads, -1))
         kv_BTK = operator("rope", x_BTD)(self.kv_norm(self.kv_proj(x_BTD)), *angles)
@@ -144,6 +147,11 @@ class Attention(nn.Module):
             selected_BTS=selected_BTS,
             want_mass=context.indexer_loss and indexed is not None,
         )
+        if caching is not None:
+            keys_BCK = None
+            if self.compressor and self.compressor.indexer:
+                keys_BCK = indexed[1] if indexed else self.compressor.indexer.entries(x_BTD, context)
+            caching.layers[self].fill(x_BTD, kv_BTK, entries_BCK, keys_BCK, caching.filling)
         kl = None
         if mass is not None:
             kl = operator("indexer_kl", x_BTD)(*indexed, mass, geometry, rate=rate, selected_BTS=selected_BTS)

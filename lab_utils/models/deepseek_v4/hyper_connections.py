@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
+from kernels._support import apply
 from lab_utils.models.deepseek_v4.layers import operator
 
 CHUNK_ELEMENTS = 1 << 22  # elements of the streams that are held in fp32 at once
@@ -58,7 +59,7 @@ class HyperHead(nn.Module):
     def forward(self, h_BTnD: Tensor) -> Tensor:
         """``[B, T, D]`` in the streams' dtype; computed in fp32 whatever that is."""
         parameters = (self.hc_fn, self.hc_base, self.hc_scale)
-        x_ND = _Collapse.apply(h_BTnD.flatten(0, 1), *parameters, self.eps, self.norm_eps)
+        x_ND = apply(_Collapse, h_BTnD.flatten(0, 1), *parameters, self.eps, self.norm_eps)
         return x_ND.view(*h_BTnD.shape[:2], -1)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from kernels import registry
 from kernels.geometry import Geometry
 from lab_utils.models.deepseek_v4.rotary import Rotary
+
+if TYPE_CHECKING:
+    from lab_utils.models.deepseek_v4.cache import Caching
 
 
 @dataclass
@@ -24,6 +27,7 @@ class Context:
     indexer_loss: bool  # whether the indexer's KL is wanted
     dense: bool = False  # every visible entry is attended: nothing is selected
     balance: bool = False  # whether the sequence balance loss is wanted
+    caching: Caching | None = None  # texts that will be gone on with
     tail: int = 0  # so many tokens at a document's end don't count: in an MTP block they have no next token
     _angles: dict = field(default_factory=dict)
 

@@ -19,6 +19,7 @@ from lab_utils.models.deepseek_v4.attention import CSA
 from lab_utils.models.deepseek_v4.balance import settle_load
 from lab_utils.models.deepseek_v4.block import Layer, Pass
 from lab_utils.models.deepseek_v4.counting import training_flops
+from lab_utils.models.deepseek_v4.decoding import DeepseekV4Decoding
 from lab_utils.models.deepseek_v4.hyper_connections import HyperHead
 from lab_utils.models.deepseek_v4.layers import Context, Norm, linear, uninitialised
 from lab_utils.models.deepseek_v4.mtp import MtpBlock, predict, predicted_weight
@@ -255,6 +256,10 @@ class DeepseekV4(nn.Module):
                 self.balance_loss * self.learned_layers,
             )
         return found
+
+    def start_decoding(self) -> DeepseekV4Decoding:
+        """Texts to go on with, none yet; they are in a key-value cache."""
+        return DeepseekV4Decoding(self)
 
     # Once a step.
 
