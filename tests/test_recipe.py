@@ -1,5 +1,7 @@
 """The recipe refuses what it doesn't know, and its hash depends on what changes the result and on nothing else."""
 
+import re
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 from lab_utils.errors import LayoutError, RecipeError
 from lab_utils.recipe import Recipe, parse_changes
+from lab_utils.recipe.recipe import _keys
 from lab_utils.registry import members
 
 
@@ -50,6 +53,34 @@ def test_a_bad_change_is_answered_with_one_sentence_that_names_the_key(recipe, c
     with pytest.raises(RecipeError) as error:
         recipe.with_changes(changes)
     assert says in str(error.value) and "\n" not in str(error.value)
+
+
+def of_kind(kind: str, **fields) -> Recipe:
+    data = {"train": [{"manifest": "anything"}]}
+    return Recipe.parse({"data": data, "objective": {"kind": kind, **fields}})
+
+
+def test_a_kl_that_holds_nothing_is_refused_as_a_loss():
+    recipe = of_kind("grpo", kl_weight=0.1)
+    for estimator in ("k2", "k3", "unbiased"):
+        assert recipe.with_changes({"objective.kl_estimator": estimator}).objective.kl_weight == 0.1
+    with pytest.raises(RecipeError, match="averages to zero; choose unbiased, k2 or k3") as error:
+        recipe.with_changes({"objective.kl_estimator": "k1"})
+    assert "\n" not in str(error.value)
+    with pytest.raises(RecipeError, match=r"kl_estimator would change nothing under objective\.kl_weight=0"):
+        of_kind("grpo", kl_estimator="k1")
+
+
+def test_a_change_of_loss_brings_its_own_values_and_keeps_the_recipes():
+    recipe = of_kind("preference")
+    assert recipe.objective.resolved().beta == 0.1
+    simpo = recipe.with_changes({"objective.loss": "simpo"})
+    assert (simpo.objective.resolved().beta, simpo.objective.resolved().target_margin) == (2.0, 1.0)
+    assert recipe.with_changes({"objective.loss": "cpo"}).objective.resolved().sft_weight == 1.0
+    own = recipe.with_changes({"objective.beta": 0.3, "objective.loss": "simpo"})
+    assert own.objective.resolved().beta == 0.3 and own.hash != simpo.hash
+    with pytest.raises(RecipeError, match=r"set objective\.loss to simpo"):
+        recipe.with_changes({"objective.target_margin": 0.5})
 
 
 def test_a_missing_recipe_is_answered_with_the_nearest_name():
@@ -137,3 +168,19 @@ def test_every_field_is_described():
                 yield path + name, field.description
 
     assert [name for name, description in fields(Recipe) if not description] == []
+
+
+# optimizers.md names modules of optim/, not keys.
+GUIDES = [p for p in sorted((Path(__file__).parents[1] / "docs").glob("*.md")) if p.stem != "optimizers"]
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.name)
+def test_recipes_and_keys_in_the_docs_are_of_this_version(page):
+    text = page.read_text(encoding="utf-8")
+    for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
+        recipe = Recipe.parse(yaml.safe_load(block), page.name)
+        recipe.layout()
+    sections = "|".join(name for name in Recipe.model_fields if name not in ("name", "seed", "model"))
+    known = _keys(Recipe)
+    for key in re.findall(rf"`((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)", text):
+        assert any(f"{each}.".startswith(f"{key}.") for each in known), f"{page.name} names {key}"

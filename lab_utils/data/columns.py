@@ -16,7 +16,6 @@ A message: ``{"role", "content", "reasoning_content"?, "tool_calls"?, "tool_call
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from typing import Any
 
 from lab_utils.errors import DataError
@@ -211,12 +210,3 @@ def _parsed(value: Any, column: str) -> Any:
         return json.loads(value)
     except ValueError:
         raise DataError(f"column of {column}: expected a list as JSON, found {value[:40]!r}") from None
-
-
-def trained_messages(row: Row, format: str) -> Iterable[tuple[str, list[Message]]]:
-    """The conversations of a row with their names: one, or chosen and rejected."""
-    if format == "preference":
-        for side in ("chosen", "rejected"):
-            yield side, [*row["prompt"], *row[side]]
-    else:
-        yield "messages", row["messages"]

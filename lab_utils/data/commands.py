@@ -111,7 +111,6 @@ def preview(
     """Rows as the model sees them; what bears loss is green, special tokens are magenta."""
     from itertools import islice
 
-    from lab_utils.data.columns import trained_messages
     from lab_utils.data.manifest import load_manifest
 
     manifest = load_manifest(name)
@@ -122,11 +121,20 @@ def preview(
             parts = {"text": [{"text": row["text"], "supervised": True, "markup": False}]}
             tokens = len(how.tokenizer.encode(row["text"])) + 2
         else:
-            encoded = {
-                side: how.segments(messages, row.get("tools"), prompt=manifest.format == "prompt")
-                for side, messages in trained_messages(row, manifest.format)
-            }
-            tokens = max(len(how.tokens(segments)[0]) for segments in encoded.values())
+            if manifest.format == "preference":
+                from lab_utils.data.pairs import answer_segments  # here: it brings torch along
+
+                encoded = {
+                    side: answer_segments(row["prompt"], row[side], row.get("tools"), how, place)
+                    for side in ("chosen", "rejected")
+                }
+            else:
+                encoded = {
+                    "messages": how.segments(
+                        row["messages"], row.get("tools"), prompt=manifest.format == "prompt"
+                    )
+                }
+            tokens = sum(len(how.tokens(segments)[0]) for segments in encoded.values())
             parts = {side: [vars(s) for s in segments] for side, segments in encoded.items()}
         shown.append({"place": place, "tokens": tokens, **parts})
     if not shown:
@@ -165,46 +173,47 @@ def stats(
     keep_thinking: bool = KeepThinking,
     tokenizer: str = Tokenizer,
     encoding: str = Texts,
+    kto: bool = typer.Option(
+        False, "--kto", help="Pairs as objective.loss=kto takes them: three documents each."
+    ),
     as_json: bool = Json,
 ) -> None:
-    """Documents, tokens, tokens that bear loss, lengths, and padding at a row length."""
+    """Documents, tokens, tokens that bear loss, lengths, and padding at a row length; of preferences, by pairs."""
     from lab_utils.data.manifest import load_manifest
     from lab_utils.data.statistics import split_statistics
 
     manifest = load_manifest(name)
     how = _encoding(tokenizer, mode, keep_thinking, encoding)
     splits = [split] if split else list(manifest.splits)
-    found = {s: split_statistics(manifest, s, how, row_tokens) for s in splits}
+    found = {s: split_statistics(manifest, s, how, row_tokens, mismatched=kto) for s in splits}
+    emit({"manifest": manifest.name, "splits": found}, as_json, lambda: _print_stats(manifest.name, found))
 
-    def render() -> None:
-        columns = [
-            "split",
-            "documents",
-            "tokens",
-            "bear loss",
-            "p50",
-            "p99",
-            "longest",
-            "rows",
-            "padding",
-            "too long",
-        ]
-        cells = [
-            (
-                s,
-                f"{v['documents']:,}",
-                f"{v['tokens']:,}",
-                f"{v['supervised_tokens'] / max(1, v['tokens']):.1%}",
-                *(v["length"].get(q, "-") for q in ("p50", "p99", "max")),
-                f"{v['rows']:,}",
-                f"{v['padding_fraction']:.2%}",
-                v["longer_than_row"],
-            )
-            for s, v in found.items()
-        ]
-        table(f"{manifest.name} in rows of {row_tokens} tokens", columns, cells, right=columns[1:])
 
-    emit({"manifest": manifest.name, "splits": found}, as_json, render)
+def _print_stats(name: str, found: dict[str, dict[str, Any]]) -> None:
+    """A line a split; what is packed, and so what has lengths, is a pair where there are pairs, else a document."""
+    first = next(iter(found.values()))
+    paired = "pairs" in first
+    whole = (
+        {"pairs": lambda v: f"{v['pairs']:,}"} if paired else {"documents": lambda v: f"{v['documents']:,}"}
+    )
+    parts = {part: lambda v, part=part: f"{v['tokens_of'][part]:,}" for part in first.get("tokens_of", ())}
+    columns = {
+        **whole,
+        "tokens": lambda v: f"{v['tokens']:,}",
+        **parts,
+        "bear loss": lambda v: f"{v['supervised_tokens'] / max(1, v['tokens']):.1%}",
+        "p50": lambda v: v["length"].get("p50", "-"),
+        "p99": lambda v: v["length"].get("p99", "-"),
+        "longest": lambda v: v["length"].get("max", "-"),
+        "rows": lambda v: f"{v['rows']:,}",
+        "padding": lambda v: f"{v['padding_fraction']:.2%}",
+        "too long": lambda v: v["longer_than_row"],
+    }
+    cells = [(split, *(of(v) for of in columns.values())) for split, v in found.items()]
+    table(f"{name} in rows of {first['row_tokens']} tokens", ["split", *columns], cells, right=list(columns))
+    if paired:
+        longest = max(v["length"].get("max", 0) for v in found.values())
+        print(f"A pair shares a row: data.row_tokens of {longest} or more takes every one.")
 
 
 @app.command()

@@ -209,7 +209,19 @@ def answer_document(
     encoding: Encoding,
     source: str = "",
 ) -> Document:
-    """A conversation as one document, with loss on ``answer`` and not on what the assistant says in ``prompt``.
+    """A conversation as one document, with loss on ``answer``. Raises: as ``answer_segments``."""
+    ids, bears = encoding.tokens(answer_segments(prompt, answer, tools, encoding, source))
+    return Document(ids, [float(each) for each in bears], source)
+
+
+def answer_segments(
+    prompt: list[dict[str, Any]],
+    answer: list[dict[str, Any]],
+    tools: Any,
+    encoding: Encoding,
+    source: str = "",
+) -> list[Any]:
+    """Segments of a conversation, with loss on ``answer`` and not on what the assistant says in ``prompt``.
 
     Raises:
         DataError: it cannot be told where the answer begins, as a turn between two of the assistant's is dropped.
@@ -228,8 +240,7 @@ def answer_document(
             f"{source or 'A row'}: expected {earlier + later} turns of the assistant in the encoded text, found "
             f"{runs}: take out the developer message between two of them, or set data.drop_thinking=false."
         )
-    ids, bears = encoding.tokens(segments)
-    return Document(ids, [float(each) for each in bears], source)
+    return segments
 
 
 def _stream(manifest: Manifest, split: str, encoding: Encoding, *, mismatched: bool) -> Encoded:

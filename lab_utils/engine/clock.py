@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from lab_utils.telemetry.reductions import Mean
 
-PARTS = ("data", "generate", "forward_backward", "optimizer", "checkpoint")
+PARTS = ("data", "generate", "weight_sync", "forward_backward", "optimizer", "checkpoint")
 
 
 class StepClock:
@@ -22,7 +22,7 @@ class StepClock:
 
     def __init__(self, synchronize: Callable[[], None]) -> None:
         self._synchronize = synchronize
-        self._parts = dict.fromkeys(PARTS, 0.0)
+        self._parts, self._within = dict.fromkeys(PARTS, 0.0), 0.0
         self.restart()
 
     def restart(self) -> None:
@@ -32,10 +32,14 @@ class StepClock:
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Of parts within one another, time counts to the innermost."""
+        start, around = time.perf_counter(), self._within
+        self._within = 0.0
         yield
         self._synchronize()
-        self._parts[name] += time.perf_counter() - start
+        took = time.perf_counter() - start
+        self._parts[name] += took - self._within
+        self._within = around + took
 
     def metrics(self) -> dict[str, Mean]:
         """``perf/step_time`` and its parts, in seconds, as means over steps and ranks."""

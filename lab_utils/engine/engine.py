@@ -329,12 +329,12 @@ class Engine:
         checkpoint.load_optimizer(found, self.optimizer)
         state = checkpoint.read_state(found)
         self.progress = Progress(**{key: state[key] for key in asdict(self.progress)})
+        self.saved_step = self.progress.step
         self.feed.load_state_dict(state["loader"])
         if len(state["rng"]) == self.world:
             self.accelerator.set_rng_state(state["rng"][self.rank])
         else:  # there is no rank of old whose generators these would be
             self.accelerator.seed(self.recipe.seed * 1_000_003 + self.rank + (self.progress.step << 20))
-        self.saved_step = self.progress.step
 
     # -- after --------------------------------------------------------------------------------------------------------
 

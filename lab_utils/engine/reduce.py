@@ -40,3 +40,12 @@ def gather_objects(value: Any) -> list[Any]:
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, value)
     return found
+
+
+def from_first_stage(value: Any, layout: Any) -> Any:
+    """A Python value of a pipeline's first stage, on all of its stages; the others' own is not looked at."""
+    if layout.pp_size == 1:
+        return value
+    found = [value if layout.first_stage else None]
+    dist.broadcast_object_list(found, dist.get_global_rank(layout.pp_group, 0), group=layout.pp_group)
+    return found[0]

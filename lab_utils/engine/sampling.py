@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from lab_utils.engine.reduce import MAX, all_reduce
+from lab_utils.engine.reduce import MAX, all_reduce, from_first_stage
 
 
 def make_sampler(engine: Any, folder: Path) -> Any:
@@ -33,6 +33,8 @@ def make_sampler(engine: Any, folder: Path) -> Any:
         slots=rollout.slots,
         want_routing=getattr(engine.recipe.objective, "keep_routing", False),
         lockstep=lockstep(engine),
+        share=lambda value: from_first_stage(value, layout),
+        logs=layout.first_stage,
     )
 
 

@@ -6,7 +6,6 @@ Answers are gone on with in rows (``decoding``): as one ends, the next request t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -67,7 +66,9 @@ def generate(
     if any(not request.prompt for request in requests):
         raise ValueError("prompts: every prompt needs at least one token; drop the empty ones.")
     decoding = start_decoding(model) if decoding is None else decoding
-    samples = [_begun(request, eos_id) for request in requests]
+    # A log has neither the routing of tokens sampled earlier nor the ids that were kept: feeding them again finds both.
+    fed_again = want_routing or sampling.cuts
+    samples = [_begun(request, eos_id, fed_again) for request in requests]
     waiting = [i for i, request in enumerate(requests) if not _whole(samples[i], request)][::-1]
     routes: list[list[Tensor]] = [[] for _ in requests]
     live: list[int] = []  # the request of each row
@@ -80,12 +81,18 @@ def generate(
                 noise = [uniform(sampling.seed, requests[i].key, len(samples[i].tokens)) for i in numbers]
             tokens, logps, kept = draw(found.logits_RV, sampling, noise)
             for row, i in enumerate(numbers):
-                _extend(samples[i], tokens[row], logps[row], tokens[row] == eos_id)
+                done, at = requests[i].done, len(samples[i].tokens)
+                again = at < len(done)
+                token, logp = (
+                    (done[at], requests[i].done_logprobs[at]) if again else (tokens[row], logps[row])
+                )
+                _extend(samples[i], token, logp, token == eos_id)
                 if found.routing is not None:
                     routes[i].append(found.routing[row])
                 if kept is not None:
                     samples[i].kept.append(kept[row])
-                told.append((requests[i].key, tokens[row], logps[row]))
+                if not again:
+                    told.append((requests[i].key, token, logp))
 
         going_on = list(live)
         if going_on:
@@ -115,13 +122,13 @@ def generate(
                     live[row] = end
     for sample, parts in zip(samples, routes, strict=True):
         sample.routing = torch.cat(parts) if parts else None
-    _complete(model, requests, samples, sampling, want_routing, lockstep)
+        sample.kept = sample.kept if sampling.cuts else None
     return samples
 
 
-def _begun(request: Request, eos_id: int) -> Sample:
-    done = list(request.done)
-    return Sample(done, list(request.done_logprobs), bool(done) and done[-1] == eos_id, kept=[])
+def _begun(request: Request, eos_id: int, fed_again: bool) -> Sample:
+    done = [] if fed_again else list(request.done)
+    return Sample(done, list(request.done_logprobs[: len(done)]), bool(done) and done[-1] == eos_id, kept=[])
 
 
 def _whole(sample: Sample, request: Request) -> bool:
@@ -134,50 +141,5 @@ def _extend(sample: Sample, token: int, logp: float, ends: bool) -> None:
     sample.finished = ends
 
 
-def _complete(
-    model: TrainableModel,
-    requests: Sequence[Request],
-    samples: list[Sample],
-    sampling: Sampling,
-    want_routing: bool,
-    lockstep: Lockstep | None,
-) -> None:
-    """What a log doesn't hold of tokens sampled earlier: their routing, and the ids that were kept."""
-    for sample in samples:
-        if not sampling.cuts:
-            sample.kept = None
-    missing = [
-        i
-        for i, (request, sample) in enumerate(zip(requests, samples, strict=True))
-        if sample.tokens
-        and (
-            (want_routing and sample.routing is None)
-            or (sampling.cuts and len(sample.kept) < len(sample.tokens))
-        )
-    ]
-    while _any(lockstep, bool(missing)):
-        if not missing:
-            _all_logits(model, [0], False)
-            continue
-        i = missing.pop()
-        request, sample = requests[i], samples[i]
-        logits_TV, routing = _all_logits(model, request.prompt + sample.tokens[:-1], want_routing)
-        sample.routing = routing
-        if sampling.cuts:
-            drawn_RV = logits_TV[len(request.prompt) - 1 :]
-            sample.kept = draw(drawn_RV, sampling, [0.0] * len(drawn_RV))[2]
-
-
 def _any(lockstep: Lockstep | None, own: bool) -> bool:
     return own if lockstep is None else lockstep(own, own)[0]
-
-
-def _all_logits(model: TrainableModel, text: list[int], want_routing: bool) -> tuple[Tensor, Tensor | None]:
-    """fp32 logits ``[T, V]`` behind every token of one text, and the routing of its tokens."""
-    device = model.head_weight.device
-    ids = torch.tensor([text], device=device)
-    positions = torch.arange(len(text), device=device)[None]
-    with model.record_routing() if want_routing else nullcontext() as record:
-        hidden_BTD = model(ids, positions, torch.zeros_like(ids)).hidden_BTD
-    routing = record.to_rows(1)[0].cpu() if want_routing else None
-    return hidden_BTD[0].float() @ model.head_weight.float().T, routing

@@ -21,7 +21,7 @@ kto's is a mean over answers, every other one over pairs. z0 is the mean x of an
 batch, at least 0 and without gradient; the paper's is over a micro-batch, which would make it depend on the layout.
 
 ``sft_weight`` adds the chosen answer's negative log-likelihood, a mean over its tokens, then over pairs: all pairs
-count alike, however long. cpo's paper gives it weight 1 (of sums); the default here is 0, as for the others.
+count alike, however long. cpo's paper has it with weight 1 (of sums), which is cpo's default.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class Preference:
     """Loss and metrics of pairs; see the module's head."""
 
     def __init__(self, section: Any) -> None:
-        """``section``: a ``PreferenceObjective``."""
-        self.section = section
+        """``section``: a ``PreferenceObjective``; what it leaves out is its loss's own."""
+        self.section = section.resolved()
         self.means = section.length_normalised or section.loss in MEANS
         self.per_pair = 2 if section.loss == "kto" else 1  # what the loss is a mean over
 

@@ -25,22 +25,30 @@ class PreferenceObjective(Section):
     loss: Literal["dpo", "hinge", "ipo", "robust", "simpo", "orpo", "kto", "cpo"] = Field(
         "dpo", description="Preference loss; simpo, orpo and cpo need no reference model."
     )
-    beta: float = Field(0.1, gt=0, description="β: strength of the pull towards the reference (orpo: its λ).")
+    beta: float | None = Field(
+        None,
+        gt=0,
+        description="β: strength of the pull towards the reference (ipo: τ, orpo: λ). Absent: the paper's, which is "
+        "0.1, for simpo 2.0.",
+    )
     label_smoothing: float = Field(
         0.0,
         ge=0,
         lt=0.5,
         description="Share of pairs taken to be the wrong way round (dpo, robust, cpo, simpo).",
     )
-    sft_weight: float = Field(
-        0.0,
+    sft_weight: float | None = Field(
+        None,
         ge=0,
-        description="Weight of the chosen answers' negative log-likelihood, a mean over their tokens.",
+        description="Weight of the chosen answers' negative log-likelihood, a mean over their tokens. Absent: 0, for "
+        "cpo 1.0.",
     )
     length_normalised: bool = Field(
         False, description="Mean instead of summed log-probabilities of an answer (simpo and orpo always do)."
     )
-    target_margin: float = Field(0.5, ge=0, description="γ of simpo: reward margin that a pair should have.")
+    target_margin: float | None = Field(
+        None, ge=0, description="γ of simpo: reward margin that a pair should have. Absent: β/2."
+    )
     desirable_weight: float = Field(1.0, gt=0, description="λ of kto's chosen answers.")
     undesirable_weight: float = Field(1.0, gt=0, description="λ of kto's rejected answers.")
     reference: Literal["cached", "live"] = Field(
@@ -56,6 +64,20 @@ class PreferenceObjective(Section):
     @property
     def needs_reference(self) -> bool:
         return self.loss not in ("simpo", "orpo", "cpo")
+
+    def resolved(self) -> PreferenceObjective:
+        """The same with each loss's own values in the fields that the recipe leaves out.
+
+        A recipe keeps them absent, so that a change of loss brings its own. They are the papers' (``objectives/
+        preference.py`` names them); simpo's, γ/β = 0.5 included, those that its authors start from.
+        """
+        beta = self.beta or (2.0 if self.loss == "simpo" else 0.1)
+        own = {
+            "beta": beta,
+            "sft_weight": 1.0 if self.loss == "cpo" else 0.0,
+            "target_margin": beta / 2 if self.loss == "simpo" else 0.0,
+        }
+        return self.model_copy(update={name: v for name, v in own.items() if getattr(self, name) is None})
 
     @model_validator(mode="after")
     def _no_field_without_effect(self) -> PreferenceObjective:
@@ -120,7 +142,8 @@ class GrpoObjective(Section):
     kl_weight: float = Field(0.0, ge=0, description="β of the KL to the reference; 0: no reference model.")
     kl_estimator: Literal["k1", "k2", "k3", "unbiased"] = Field(
         "unbiased",
-        description="Estimator of the KL; unbiased: k3 times the ratio to the sampling policy (V3.2).",
+        description="Estimator of the KL; unbiased: k3 times the ratio to the sampling policy (V3.2). k1 is refused: "
+        "as a loss it teaches nothing.",
     )
     reference_source: str | None = Field(
         None,
@@ -151,6 +174,11 @@ class GrpoObjective(Section):
                 dict.fromkeys(("clip_low", "clip_high", "dual_clip"), ("grpo", "gspo")),
                 "loss",
                 self.loss,
+            )
+        if self.kl_weight and self.kl_estimator == "k1":
+            raise ValueError(
+                "objective.kl_estimator=k1 measures the KL and cannot hold it: its gradient doesn't depend on the "
+                "reference and averages to zero; choose unbiased, k2 or k3"
             )
         if not self.kl_weight:
             idle = {"kl_estimator": (), "reference_source": ()}

@@ -48,7 +48,12 @@ class LoggedSampler:
     Args:
         folder: of the logs.
         rank: of this process among those that sample.
+
+    Attributes:
+        together: whether all stages of a pipeline have to ask, instead of the first one.
     """
+
+    together = False
 
     def __init__(self, folder: str | Path, rank: int = 0) -> None:
         self.logs = RoundLogs(folder, rank)

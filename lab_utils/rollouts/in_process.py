@@ -26,11 +26,15 @@ class InProcess(LoggedSampler):
         slots: answers sampled at a time.
         want_routing: samples carry the experts that were chosen.
         lockstep: see ``generate``: how ranks that share experts take steps together.
+        share: for the stages of a pipeline, which sample together: makes the first one's value everybody's.
+        logs: whether this process keeps the log; of the stages of a pipeline, the first does.
         ask_mode: reasoning mode of ``ask``: chat, thinking or max.
         ask_tokens: longest reply of ``ask``, reasoning included.
         ask_seed: seed of its sampling, at temperature 1.
         generate: for tests; absent: ``models.generate.generate``.
     """
+
+    together = True
 
     def __init__(
         self,
@@ -42,6 +46,8 @@ class InProcess(LoggedSampler):
         slots: int = 64,
         want_routing: bool = False,
         lockstep: Any = None,
+        share: Callable[[Any], Any] = lambda value: value,
+        logs: bool = True,
         ask_mode: str = "chat",
         ask_tokens: int = 512,
         ask_seed: int = 0,
@@ -50,6 +56,7 @@ class InProcess(LoggedSampler):
         super().__init__(folder, rank)
         self.model, self.encoding = model, encoding
         self.slots, self.want_routing, self.lockstep = slots, want_routing, lockstep
+        self._share, self._logs = share, logs
         self.ask_mode, self.ask_tokens, self.ask_seed = ask_mode, ask_tokens, ask_seed
         self._generator = generate
 
@@ -59,9 +66,12 @@ class InProcess(LoggedSampler):
         Raises:
             RunError, DataError, CheckpointError: see ``LoggedSampler.resumed``.
         """
-        resumed = self.resumed(requests, sampling)
-        samples = self._generate(resumed, sampling, self.want_routing, self.log.append)
-        self.completed(resumed, samples)
+        resumed = self._share(self.resumed(requests, sampling) if self._logs else None)
+        samples = self._generate(
+            resumed, sampling, self.want_routing, self.log.append if self._logs else None
+        )
+        if self._logs:
+            self.completed(resumed, samples)
         return samples
 
     def ask(self, prompts: Sequence[Sequence[Message]]) -> list[str]:

@@ -8,7 +8,7 @@ import os
 import shutil
 from pathlib import Path
 
-from lab_utils.errors import DataError, LayoutError, RunError
+from lab_utils.errors import DataError, LayoutError, RecipeError, RunError
 from lab_utils.recipe import Recipe
 from lab_utils.registry import members, nearest
 
@@ -166,11 +166,12 @@ def check_accelerator(recipe: Recipe) -> None:
 
 
 def check_rollouts(recipe: Recipe) -> None:
-    """Samples can be taken under the layout, and every reward is there and has the options that it is given.
+    """Samples can be taken under the layout, the data are prompts, and every reward is there with its options.
 
     Raises:
-        LayoutError: prompts that the ranks can't share, or a pipeline where the trained model samples.
-        RecipeError: an unknown reward or option.
+        LayoutError: prompts that the ranks can't share.
+        RecipeError: an unknown reward or option; a record of the sampling that a server doesn't give.
+        DataError: data of another format than prompt.
     """
     rollout, objective = recipe.rollout, recipe.objective
     if rollout is None:
@@ -181,15 +182,31 @@ def check_rollouts(recipe: Recipe) -> None:
             f"rollout.prompts={rollout.prompts} cannot be shared evenly by {dp} data-parallel ranks and "
             f"objective.updates_per_rollout={updates}: use a multiple of {dp * updates}."
         )
-    if rollout.source == "in_process" and recipe.parallel.pp > 1:
-        raise LayoutError(
-            f"rollout.source=in_process needs the whole model in one stage, but parallel.pp is {recipe.parallel.pp}: "
-            "set it to 1, or sample by a server (rollout.source=server)."
-        )
+    if rollout.source == "server":
+        records = {
+            "objective.keep_routing": getattr(objective, "keep_routing", False),
+            "rollout.keep_sampling_mask": objective.kind == "grpo"
+            and rollout.keep_sampling_mask
+            and (rollout.top_p < 1 or rollout.top_k > 0),
+        }
+        for key in (key for key, wanted in records.items() if wanted):
+            raise RecipeError(
+                f"{key} needs a record of the sampling that no server gives: set it to false, or sample in process "
+                "(rollout.source=in_process)."
+            )
     if objective.kind == "grpo":
         from lab_utils.rollouts.rewards import load_rewards
 
         load_rewards(objective.rewards, ask=lambda prompts: ["" for _ in prompts])
+    from lab_utils.data.manifest import load_manifest
+
+    for source in (*recipe.data.train, *recipe.data.validation):
+        manifest = load_manifest(source.manifest)
+        if manifest.format != "prompt":
+            raise DataError(
+                f"{manifest.name} has format {manifest.format}, but objective.kind={objective.kind} samples and is "
+                "evaluated on prompts: choose another manifest (lab data list)."
+            )
 
 
 def preflight(recipe: Recipe, root: Path) -> None:

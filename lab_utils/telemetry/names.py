@@ -211,7 +211,7 @@ METRICS: dict[str, MetricSpec] = {
 _PATTERNS = {
     re.compile("[^/]+".join(re.escape(part) for part in re.split(r"\{\w+\}", key))): spec
     for key, spec in METRICS.items()
-    if "{" in key
+    if "{" in key and key != "eval/{leaf}"
 }
 
 
@@ -219,10 +219,11 @@ def lookup(key: str) -> MetricSpec | None:
     """The metric behind a logged key, placeholders filled in; None for a key that nobody has described."""
     if key in METRICS:
         return METRICS[key]
-    if key.startswith("eval/") and key.count("/") == 1:
-        # A leaf of eval/ means what it means in train/: one that train/ doesn't have is unknown.
-        return METRICS["eval/{leaf}"] if f"train/{key.removeprefix('eval/')}" in METRICS else None
-    return next((spec for pattern, spec in _PATTERNS.items() if pattern.fullmatch(key)), None)
+    found = next((spec for pattern, spec in _PATTERNS.items() if pattern.fullmatch(key)), None)
+    # A leaf of eval/ means what it means in train/: one that train/ doesn't have is unknown.
+    if found is None and key.startswith("eval/") and lookup(key.replace("eval/", "train/", 1)):
+        return METRICS["eval/{leaf}"]
+    return found
 
 
 def markdown() -> str:

@@ -9,6 +9,11 @@ import pytest
 from data_sets import chat, write_jsonl
 
 from lab_utils import cli
+from lab_utils.data.documents import Encoding
+from lab_utils.data.manifest import load_manifest
+from lab_utils.data.pairs import load_pairs
+from lab_utils.data.tokenizer import load_tokenizer
+from lab_utils.errors import DataError
 
 
 @pytest.fixture
@@ -94,10 +99,53 @@ def test_stats_count_tokens(lab, make_set):
     assert "documents" in lab("stats", "trial")[1]
 
 
-def test_stats_of_preferences_count_both_sides(lab, make_set):
-    make_set([{"prompt": "q", "chosen": "a", "rejected": "b"}], format="preference")
-    found = json.loads(lab("stats", "trial", "--json")[1])["splits"]["train"]
-    assert found["documents"] == 2 and found["supervised_tokens"] == 4  # each: the answer and the end token
+EARLIER = [
+    {"role": "user", "content": "q"},
+    {"role": "assistant", "content": "earlier"},
+    {"role": "user", "content": "r"},
+]
+PAIRS = [
+    {"prompt": EARLIER, "chosen": "a", "rejected": "b, at some length"},
+    {"prompt": "q", "chosen": "c", "rejected": "d"},
+]
+
+
+def test_stats_of_preferences_are_of_pairs(lab, make_set):
+    """Loss falls on the answers alone, and a row length that the longest pair fits is one that training takes."""
+    path = make_set(PAIRS, format="preference")
+    stats = lambda *more: json.loads(lab("stats", "trial", "--json", *more)[1])["splits"]["train"]  # noqa: E731
+    found = stats()
+    assert found["pairs"] == 2 and found["documents"] == 4 and found["rows"] == 1
+    answers = found["tokens_of"]["chosen"] + found["tokens_of"]["rejected"]
+    assert found["supervised_tokens"] == answers  # each answer with its end token, and nothing of the prompts
+    assert found["tokens"] == answers + 2 * found["tokens_of"]["prompt"]
+    assert found["tokens_of"]["chosen"] == 4 < found["tokens_of"]["rejected"]
+    three = stats("--kto")
+    assert three["documents"] == 6 and three["tokens_of"] == found["tokens_of"]
+    assert three["tokens"] == found["tokens"] + found["tokens_of"]["prompt"] + found["tokens_of"]["chosen"]
+    for kto, longest in ((False, found["length"]["max"]), (True, three["length"]["max"])):
+        pairs = load_pairs(load_manifest(path), "train", Encoding(load_tokenizer()), mismatched=kto)
+        assert pairs.fitted(longest) is pairs
+        with pytest.raises(DataError, match=f"at least {longest}"):
+            pairs.fitted(longest - 1)
+    short = stats("--row-tokens", str(found["length"]["max"] - 1))
+    assert short["longer_than_row"] == 1 and short["rows"] == 1
+    _, shown, _ = lab("stats", "trial")
+    assert "rejected" in shown and f"data.row_tokens of {found['length']['max']} or more" in shown
+    make_set(ROWS)
+    code, _, err = lab("stats", "trial", "--kto")
+    assert code == 3 and "needs preference" in err
+
+
+def test_preview_of_a_pair_marks_the_answer_alone(lab, make_set):
+    make_set(PAIRS, format="preference")
+    first = json.loads(lab("preview", "trial", "-n", "1", "--json")[1])[0]
+    for side, answer in (("chosen", "a"), ("rejected", "b, at some length")):
+        marked = "".join(s["text"] for s in first[side] if s["supervised"])
+        assert marked == f"{answer}<｜end▁of▁sentence｜>"
+        assert any("earlier" in s["text"] for s in first[side])
+    longest = json.loads(lab("stats", "trial", "--json")[1])["splits"]["train"]["length"]["max"]
+    assert first["tokens"] == longest
 
 
 def test_add_then_use(lab, tmp_path):

@@ -386,6 +386,16 @@ def test_the_wait_for_a_checkpoint_counts_to_the_step_that_follows() -> None:
         assert parts == pytest.approx(line["perf/step_time"])
 
 
+def test_time_of_a_part_within_another_counts_once() -> None:
+    clock = StepClock(lambda: None)
+    with clock.part("generate"), clock.part("weight_sync"):
+        with clock.part("checkpoint"):
+            time.sleep(0.03)
+        time.sleep(0.02)
+    found = {key.removeprefix("perf/time/"): metric.total for key, metric in clock.metrics().items()}
+    assert found["checkpoint"] >= 0.03 > found["weight_sync"] >= 0.02 > found["generate"]
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "c", 1)
     cases = (({"w": (3, 3)}, "rows from 2 on of 'w'"), ({"w": (2, 1)}, "'w' of shape"))

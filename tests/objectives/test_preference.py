@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import exp, log
+from typing import get_args
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ VARIANTS = [
     {"loss": "ipo", "length_normalised": True, "beta": 0.5},
     {"loss": "simpo", "beta": 2.0, "target_margin": 0.8, "label_smoothing": 0.1},
     {"loss": "orpo", "beta": 0.25},
+    {"loss": "simpo"},
     {"loss": "cpo", "beta": 0.3, "sft_weight": 1.0},
     {"loss": "cpo", "length_normalised": True},
     {"loss": "kto", "beta": 0.6},
@@ -73,8 +75,9 @@ BY_HAND = [
     ({"loss": "ipo"}, (log(2) - 0.5) ** 2),
     ({"loss": "dpo", "sft_weight": 2.0}, log(1.5) + 2 * log(2)),
     # both answers have a probability of ¼, but mean log-probabilities of log ½ and log ¼
-    ({"loss": "cpo"}, log(2)),
-    ({"loss": "cpo", "length_normalised": True}, log(1.5)),
+    ({"loss": "cpo", "sft_weight": 0.0}, log(2)),
+    ({"loss": "cpo", "length_normalised": True, "sft_weight": 0.0}, log(1.5)),
+    ({"loss": "cpo"}, 2 * log(2)),
     ({"loss": "simpo", "target_margin": log(2)}, log(2)),
     ({"loss": "simpo", "target_margin": 0.0}, log(1.5)),
     # odds of 1 and ⅓
@@ -121,6 +124,7 @@ def x_of(doc: Doc, head: torch.Tensor, section: PreferenceObjective) -> torch.Te
 
 def paper_loss(pair: list[Doc], head: torch.Tensor, s: PreferenceObjective) -> torch.Tensor:
     """Of one pair (kto: of its two answers), in probabilities where the papers have them, in fp64."""
+    s = s.resolved()
     w, lo = (x_of(doc, head, s) for doc in pair[:2])
     sigmoid, e = torch.sigmoid, s.label_smoothing
     p = sigmoid(s.beta * (w - lo))
@@ -167,6 +171,39 @@ def test_loss_and_gradients_are_the_papers(options, seed):
     assert sum(float(g.abs().sum()) for g in ours) > 0
     for leaf in output.metrics:
         assert lookup(f"train/{leaf}") is not None, leaf
+
+
+PAPERS = {
+    "dpo": {"beta": 0.1},
+    "hinge": {"beta": 0.1},
+    "ipo": {"beta": 0.1},
+    "robust": {"beta": 0.1, "label_smoothing": 0.1},
+    "simpo": {"beta": 2.0, "target_margin": 1.0},
+    "orpo": {"beta": 0.1},
+    "kto": {"beta": 0.1},
+    "cpo": {"beta": 0.1, "sft_weight": 1.0},
+}
+
+
+@pytest.mark.parametrize("loss", get_args(PreferenceObjective.model_fields["loss"].annotation))
+def test_what_a_recipe_leaves_out_is_the_papers(loss):
+    """Absent and spelt out, the loss is the same; another β gives another one, and the recipe's own stands."""
+    smoothed = {"label_smoothing": 0.1} if loss == "robust" else {}
+    pairs, head = make_pairs(4, 3, documents_of(section_of(loss=loss, **smoothed)))
+
+    def value(**options) -> float:
+        hidden, rows = pack([[pair] for pair in pairs], z0=Z0)
+        section = section_of(loss=loss, **smoothed, **options)
+        return float(get_objective(section)(hidden, head, rows).loss.total.detach())
+
+    spelt = {key: v for key, v in PAPERS[loss].items() if key not in smoothed}
+    assert value() == value(**spelt)
+    for field, paper in spelt.items():
+        other = {**spelt, field: 0.7 * paper}
+        assert value(**other) != pytest.approx(value(), rel=1e-4), field
+        assert getattr(section_of(loss=loss, **smoothed, **other).resolved(), field) == 0.7 * paper
+    if loss == "simpo":  # the margin follows β
+        assert value(beta=3.0) == value(beta=3.0, target_margin=1.5)
 
 
 def test_metrics_say_what_the_answers_are():

@@ -34,13 +34,23 @@ def test_every_literal_key_that_the_engine_logs_is_described():
 
 
 @pytest.mark.parametrize(
-    "key", ["train/rewards/format/mean", "eval/entropy", "eval/gsm8k/score", "train/indexer_kl"]
+    "key",
+    [
+        "train/rewards/format/mean",
+        "eval/entropy",
+        "eval/rewards/chosen",
+        "eval/teacher_kl/0",
+        "eval/gsm8k/score",
+        "train/indexer_kl",
+    ],
 )
 def test_placeholders_and_eval_leaves_are_found(key):
     assert names.lookup(key) is not None
 
 
-@pytest.mark.parametrize("key", ["train/los", "eval/nothing", "loss", "train/rewards/a/b/mean"])
+@pytest.mark.parametrize(
+    "key", ["train/los", "eval/nothing", "eval/rewards/nothing", "loss", "train/rewards/a/b/mean"]
+)
 def test_an_undescribed_key_is_unknown(key):
     assert names.lookup(key) is None
 

@@ -11,9 +11,10 @@ import math
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from lab_utils.data.rows import PackedRows
 from lab_utils.engine import checkpoint
 from lab_utils.engine.feeds import Feed
 from lab_utils.engine.feeds._pack import Text, pack
-from lab_utils.engine.reduce import MAX, all_reduce, gather_objects
+from lab_utils.engine.reduce import MAX, all_reduce, from_first_stage, gather_objects
 from lab_utils.engine.sampling import make_sampler
 from lab_utils.errors import DataError
 from lab_utils.models.generate import Request, Sample, Sampling
@@ -67,6 +68,7 @@ class Rounds(Feed, ABC):
             self.rollout.temperature, self.rollout.top_p, self.rollout.top_k, recipe.seed
         )
         self.sampler = make_sampler(engine, self.folder)
+        self.handed = False  # whether a server has had weights from this process
         self.round = self.update = 0
         self.rows: list[PackedRows] = []  # of the round, by update
         self.start = self.train.state_dict()  # of the prompts, at the round's beginning
@@ -133,18 +135,23 @@ class Rounds(Feed, ABC):
             self._write()
 
     def _hand_over(self) -> None:
-        """The weights of now to a server that samples: by a checkpoint, which it reads."""
-        if self.rollout.source != "server" or self.round % self.rollout.reload_every:
+        """The weights of now to a server that samples: by a checkpoint, which it reads.
+
+        The first round of a process always does so: the server may be another one than before a resume.
+        """
+        if self.rollout.source != "server" or (self.handed and self.round % self.rollout.reload_every):
             return
         engine = self.engine
-        engine.save()
-        engine.writer.finish()
-        newest = engine.run_dir.checkpoints()[-1] / "model"
-        # One rank tells the server; the others have to know the name that it goes by from now on.
-        for first in (True, False):
-            if (engine.rank == 0) == first and (first or not self.rollout.reload):
-                self.sampler.hand_over(str(newest))
-            dist.barrier()
+        with engine.clock.part("weight_sync"):
+            engine.save()
+            engine.writer.finish()
+            newest = engine.run_dir.checkpoints()[-1] / "model"
+            # One rank tells the server; the others have to know the name that it goes by from now on.
+            for first in (True, False):
+                if (engine.rank == 0) == first and (first or not self.rollout.reload):
+                    self.sampler.hand_over(str(newest))
+                dist.barrier()
+        self.handed = True
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -174,16 +181,30 @@ class Rounds(Feed, ABC):
                 )
             budget = min(self.budget(group.mode), room)
             requests += [Request(group.prompt, group.number * size + i, budget) for i in range(size)]
-        samples = self.sampler.sample(requests, self.sampling)
+        samples = self._of_stages(lambda: self.sampler.sample(requests, self.sampling))
         for i, group in enumerate(groups):
             group.samples = samples[i * size : (i + 1) * size]
         return groups
 
+    def ask(self, prompts: Sequence[Sequence[dict[str, Any]]]) -> list[str]:
+        """Replies of a judge, the same on all stages of a pipeline."""
+        return self._of_stages(lambda: self.sampler.ask(prompts))
+
+    def _of_stages(self, ask: Callable[[], list[Any]]) -> list[Any]:
+        """What a sampler says, the same on all stages of a pipeline: they ask together, or one of them does."""
+        layout = self.engine.layout
+        if self.sampler.together:
+            return ask()
+        return from_first_stage(ask() if layout.first_stage else [], layout)
+
     def budget(self, mode: str) -> int:
         return self.rollout.length_budgets.get(mode, self.rollout.max_new_tokens)
 
-    def by_update(self, groups: list[Group]) -> list[list[Group]]:
-        return [groups[i :: self.updates] for i in range(self.updates)]
+    def by_update(self, shares: list[Any]) -> list[list[Any]]:
+        """What belongs to this rank's groups, by update: neighbours among the prompts, so that an update has the same
+        groups whatever the number of ranks."""
+        cuts = [round(i * len(shares) / self.updates) for i in range(self.updates + 1)]
+        return [shares[start:stop] for start, stop in pairwise(cuts)]
 
     def _packed(self, texts: list[Text]) -> PackedRows:
         """Rows of one update: on every rank equally many, in micro-batches that the schedule takes."""

@@ -26,7 +26,7 @@ class GrpoFeed(Rounds):
         super().__init__(engine)
         section = engine.recipe.objective
         self.section = section
-        self.rewards = load_rewards(section.rewards, ask=self.sampler.ask)
+        self.rewards = load_rewards(section.rewards, ask=self.ask)
         self.reference = None
         if section.kl_weight:
             source = section.reference_source or engine.recipe.model.source
@@ -39,7 +39,7 @@ class GrpoFeed(Rounds):
         groups = super().groups()
         scored = self._score(groups)
         for _ in range(self.section.dynamic_sampling):
-            own = sum(not uniform for uniform in scored.uniform_groups)
+            own = sum(not uniform for uniform in scored.uniform_groups) * self.engine.layout.first_stage
             missing = self.rollout.prompts - int(all_reduce([float(own)], self.engine.device)[0])
             if missing <= 0:
                 break
@@ -72,7 +72,8 @@ class GrpoFeed(Rounds):
         section, scored = self.section, self.scored
         batch = None
         if section.scale == "batch":
-            own = Spread.of(scored.totals)
+            # The stages of a pipeline have the same answers: they count once.
+            own = Spread.of(scored.totals if self.engine.layout.first_stage else [])
             batch = Spread(*all_reduce([own.count, own.total, own.squares], self.engine.device))
         found = advantages(
             scored.totals, scored.owner, baseline=section.baseline, scale=section.scale, batch=batch
@@ -87,9 +88,7 @@ class GrpoFeed(Rounds):
         ):
             if not (uniform and section.drop_uniform_groups) and sample.tokens:
                 by_group[owner].append(self._text(groups[owner].prompt, sample, float(value)))
-        return [
-            [text for texts in by_group[i :: self.updates] for text in texts] for i in range(self.updates)
-        ]
+        return [[text for texts in part for text in texts] for part in self.by_update(by_group)]
 
     def _text(self, prompt: list[int], sample: Any, advantage: float) -> Text:
         ids = prompt + sample.tokens

@@ -1,5 +1,8 @@
 """DeepSeek-V4 going on with texts: a prefill fills the caches of ``cache.py``, a step feeds a token of each row.
 
+In a pipeline every stage keeps the caches of its layers; passes go through the stages in single file, and the logits
+come back to all of them, so that each draws the same tokens.
+
 Legend: R rows, B rows of a prefill, T tokens, n streams, D model, L MoE layers, k experts of a token.
 """
 
@@ -21,6 +24,7 @@ from lab_utils.models.deepseek_v4.layers import Context
 
 if TYPE_CHECKING:
     from lab_utils.models.deepseek_v4.model import DeepseekV4
+    from lab_utils.models.deepseek_v4.pipeline import Stage
 
 PADDING = 0.25  # of a prefill's tokens that may be padding
 
@@ -37,6 +41,11 @@ class DeepseekV4Decoding:
 
     def __init__(self, model: DeepseekV4) -> None:
         self.model = model
+        self.stage: Stage | None = getattr(model, "stage", None)
+        self.held = [i for start, stop in self._ranges() for i in range(start, stop)]
+        self.like = model.model.layers[
+            self.held[0]
+        ].self_attn.kv_norm.weight  # of the streams' dtype and device
         self.lengths: list[int] = []
         self.capacity = 0
         self.layers: dict = {}
@@ -58,7 +67,7 @@ class DeepseekV4Decoding:
 
     @torch.no_grad()
     def prefill(self, texts: list[list[int]], *, want_routing: bool = False) -> Decoded:
-        device = self.model.head_weight.device
+        device = self.like.device
         rows = range(len(self.lengths), len(self.lengths) + len(texts))
         self._make_room(rows.stop)
         lengths = [len(text) for text in texts]
@@ -69,8 +78,9 @@ class DeepseekV4Decoding:
         context.caching = Caching(self.layers, Filling(torch.tensor(rows, device=device), length_B))
         h_BTnD, record = self._run(context, want_routing)
         self.lengths += lengths
-        last_B = torch.arange(len(texts), device=device)
-        logits_BV = self._logits(h_BTnD[last_B, length_B - 1][:, None])
+        if h_BTnD is not None:
+            h_BTnD = h_BTnD[torch.arange(len(texts), device=device), length_B - 1][:, None]
+        logits_BV = self._logits(h_BTnD, len(texts))
         routing = None
         if record is not None:
             routing_BTLk = record.to_rows(len(texts)).cpu()
@@ -79,7 +89,7 @@ class DeepseekV4Decoding:
 
     @torch.no_grad()
     def step(self, tokens: list[int], *, want_routing: bool = False) -> Decoded:
-        model, device = self.model, self.model.head_weight.device
+        model, device = self.model, self.like.device
         R = len(tokens)
         positions = self.lengths[:R]
         step = Step(positions, torch.tensor(positions, device=device), model.rotary, model.warmup)
@@ -98,7 +108,7 @@ class DeepseekV4Decoding:
         )
         h_RnD, record = self._run(context, want_routing)
         routing = list(record.to_rows(R).cpu()) if record is not None else None
-        return Decoded(self._logits(h_RnD), routing)
+        return Decoded(self._logits(h_RnD, R), routing)
 
     def drop(self, row: int) -> None:
         last = len(self.lengths) - 1
@@ -113,9 +123,7 @@ class DeepseekV4Decoding:
 
     @torch.no_grad()
     def idle(self) -> None:
-        self._run(
-            self._context(torch.zeros(1, 1, dtype=torch.long, device=self.model.head_weight.device)), False
-        )
+        self._run(self._context(torch.zeros(1, 1, dtype=torch.long, device=self.like.device)), False)
 
     def _context(self, ids_BT: Tensor) -> Context:
         """Of whole texts. What follows one in its row counts as its own: nothing before sees it, and every row is a
@@ -124,20 +132,42 @@ class DeepseekV4Decoding:
         geometry = Geometry(positions_BT, torch.zeros_like(ids_BT))
         return Context(ids_BT, geometry, self.model.rotary, indexer_loss=False, dense=self.model.warmup)
 
-    def _run(self, context: Context, want_routing: bool) -> tuple[Tensor, RoutingRecord | None]:
-        """The streams after the last layer ``[B, T, n, D]``, and the experts that were chosen."""
-        model = self.model
+    def _ranges(self) -> list[tuple[int, int]]:
+        """Layers of this rank, in order."""
+        return [(0, len(self.model.model.layers))] if self.stage is None else self.stage.ranges
+
+    def _run(self, context: Context, want_routing: bool) -> tuple[Tensor | None, RoutingRecord | None]:
+        """The streams after the last layer ``[B, T, n, D]`` (None but on the last stage), and the experts chosen."""
+        model, ids_BT = self.model, context.input_ids
         record = RoutingRecord() if want_routing else None
         at = Pass(context, again="none", count=False, given=[], record=record)
-        h_BTnD = model.embed(context.input_ids)
-        for number, layer in enumerate(model.model.layers):
-            h_BTnD = at.run(layer, number, h_BTnD)
+
+        def run(h_BTnD: Tensor | None, start: int, stop: int) -> Tensor:
+            h_BTnD = model.embed(ids_BT) if h_BTnD is None else h_BTnD
+            for number in range(start, stop):
+                h_BTnD = at.run(model.model.layers[number], number, h_BTnD)
+            return h_BTnD
+
+        if self.stage is None:
+            return run(None, *self._ranges()[0]), record
+        shape = (*ids_BT.shape, model.config.hc_mult, model.config.hidden_size)
+        h_BTnD = self.stage.in_file(run, shape, self.like)
+        if record is not None:
+            parts = self.stage.gathered(
+                dict(zip(self.held, (each.cpu() for each in record.experts), strict=True))
+            )
+            layers = {number: experts for part in parts for number, experts in part.items()}
+            record.experts = [layers[number] for number in sorted(layers)]
         return h_BTnD, record
 
-    def _logits(self, h_R1nD: Tensor) -> Tensor:
-        """fp32 logits ``[R, V]``."""
+    def _logits(self, h_R1nD: Tensor | None, rows: int) -> Tensor:
+        """fp32 logits ``[R, V]``, on every stage."""
         decoder = self.model.model
-        return self._project(decoder.norm(decoder.hc_head(h_R1nD))[:, 0])
+        if h_R1nD is not None:
+            logits_RV = self._project(decoder.norm(decoder.hc_head(h_R1nD))[:, 0])
+        else:
+            logits_RV = self.like.new_empty(rows, self.model.config.vocab_size, dtype=torch.float32)
+        return logits_RV if self.stage is None else self.stage.from_last(logits_RV.contiguous())
 
     def _project(self, hidden_RD: Tensor) -> Tensor:
         if self._head is None:
@@ -148,7 +178,7 @@ class DeepseekV4Decoding:
         """Caches of at least so many rows."""
         if not self.layers:
             self.capacity = rows
-            attentions = [layer.self_attn for layer in self.model.model.layers]
+            attentions = [self.model.model.layers[number].self_attn for number in self.held]
             self.layers = {attention: AttentionCache(attention, rows) for attention in attentions}
             self._on_cpu = CpuStep(self.model, self.layers) if runs(self.model) else None
         if rows <= self.capacity:

@@ -10,10 +10,12 @@ stage both hold the embedding, and sum its gradient (``both_ends``).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from lab_utils.errors import LayoutError
@@ -27,11 +29,14 @@ class Stage:
 
     Args:
         ranges: layers ``[start, stop)`` of each virtual stage of this rank.
+        number, group: of this rank's stage among the pipeline's, and the group of their ranks, by stage.
         counts: by name, what the auxiliary losses of the global batch are means over; set before each step.
         found: auxiliary losses of the micro-batches since the engine last took them, detached.
     """
 
     ranges: list[tuple[int, int]]
+    number: int = 0
+    group: Any = None
     counts: dict[str, float] = field(default_factory=dict)
     found: list[tuple[str, AuxiliaryLoss]] = field(default_factory=list)
 
@@ -45,6 +50,49 @@ class Stage:
         """The losses found since the last call."""
         found, self.found = self.found, []
         return found
+
+    @property
+    def count(self) -> int:
+        return dist.get_world_size(self.group)
+
+    def in_file(self, run: Callable[[Tensor | None, int, int], Tensor], shape: tuple[int, ...], like: Tensor):
+        """One batch through all stages, one after the other, without a schedule: a step of decoding.
+
+        Args:
+            run: ``(streams, start, stop)`` to the streams after those layers; None comes before the first.
+            shape: of the streams; like: a tensor of their dtype and device.
+
+        Returns:
+            The streams after the last layer, on the last stage; None on the others.
+        """
+        last = len(self.ranges) * self.count - 1
+        h = None
+        for turn in range(last + 1):
+            at, peers = divmod(turn, self.count)
+            if peers != self.number:
+                continue
+            if turn:
+                h = like.new_empty(shape)
+                dist.recv(h, self._rank(turn - 1), group=self.group)
+            h = run(h, *self.ranges[at])
+            if turn < last:
+                dist.send(h.contiguous(), self._rank(turn + 1), group=self.group)
+                h = None
+        return h
+
+    def from_last(self, x: Tensor) -> Tensor:
+        """The last stage's tensor, on all stages; the others' memory is written to."""
+        dist.broadcast(x, self._rank(self.count - 1), group=self.group)
+        return x
+
+    def gathered(self, value: Any) -> list[Any]:
+        """A Python value of each stage, on all of them."""
+        found: list[Any] = [None] * self.count
+        dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def _rank(self, turn: int) -> int:
+        return dist.get_global_rank(self.group, turn % self.count)
 
 
 def split_layers(config: Any, stages: int, *, mtp: bool = False) -> list[int]:

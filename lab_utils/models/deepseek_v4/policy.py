@@ -33,7 +33,11 @@ class DeepseekV4Policy(Policy):
             counts = split_layers(self.model.config, parts, mtp=bool(self.model.trained_mtp))
             found = stages.get_stage_index(counts)
             ranges = found if stages.is_interleave else [found]
-            self.model.stage = Stage([(int(start), int(stop)) for start, stop in ranges])
+            self.model.stage = Stage(
+                [(int(start), int(stop)) for start, stop in ranges],
+                number=stages.stage,
+                group=stages.pg_mesh.get_group_along_axis(stages.pipeline_axis),
+            )
             stages.stage_indices = self.model.stage.ranges
             if len(self.model.mtp):
                 self.model.model.embed_tokens.weight.both_ends = (

@@ -1,0 +1,81 @@
+"""Whoever samples and learns together, samples and losses are those of one rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from feed_jobs import lines, worked
+from safetensors.torch import load_file
+
+from lab_utils.runs.directory import RunDirectory
+
+pytestmark = pytest.mark.slow
+# ε keeps Adam from making rounding errors of gradients near zero as large as any other step, and so weights alike: a
+# token that is drawn otherwise would be another sample.
+COMMON: dict[str, Any] = {
+    "rollout": {"prompts": 4, "group_size": 4, "max_new_tokens": 12},
+    "data": {"train": [{"manifest": "ascent-tasks-prompts", "split": "validation"}], "row_tokens": 384},
+    "schedule": {"steps": 4, "batch_tokens": 1536, "warmup_steps": 0, "shape": "constant"},
+    "optim": {"lr": 1e-4, "eps": 1e-5},
+}
+RUNS: dict[str, dict[str, Any]] = {
+    "grpo": {
+        **COMMON,
+        "objective": {
+            "kind": "grpo",
+            "rewards": [{"name": "length", "options": {"longest": 12, "margin": 10}}],
+            "updates_per_rollout": 2,
+            "kl_weight": 0.05,
+            "keep_routing": True,
+            # Every answer counts, those that were cut as well.
+            "baseline": "none",
+            "scale": "none",
+            "drop_uniform_groups": False,
+        },
+    },
+    "distill": {
+        **COMMON,
+        "schedule": {**COMMON["schedule"], "steps": 3},
+        "objective": {"kind": "distill", "teachers": [{"source": "preset:tiny"}]},
+    },
+}
+LAYOUTS = {"ep2_pp2": {"ep": 2, "pp": 2}, "pp2_v2": {"pp": 2, "virtual_stages": 2}}
+
+
+def under(parallel: dict[str, int]) -> dict[str, dict[str, Any]]:
+    return {name: {**tree, "parallel": parallel} for name, tree in RUNS.items()}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("layouts")
+
+
+@pytest.fixture(scope="module")
+def one_rank(root) -> dict[str, RunDirectory]:
+    return worked(root / "one", RUNS)
+
+
+def curve(run: RunDirectory, name: str) -> torch.Tensor:
+    return torch.tensor([line[name] for line in lines(run) if name in line])
+
+
+def weights(run: RunDirectory) -> torch.Tensor:
+    found: dict[str, torch.Tensor] = {}
+    for path in (run.checkpoints()[-1] / "model").glob("*.safetensors"):
+        found |= load_file(path)
+    return torch.cat([found[name].float().flatten() for name in sorted(found)])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rounds_under_a_layout_follow_one_rank(root, one_rank, layout):
+    for name, run in worked(root / layout, under(LAYOUTS[layout]), ranks=4).items():
+        for metric in ("train/loss", "train/completions/mean_length"):
+            expected, found = curve(one_rank[name], metric), curve(run, metric)
+            assert len(found) == len(expected) > 1
+            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), (name, metric, found, expected)
+        expected = weights(one_rank[name])
+        assert (weights(run) - expected).norm() <= 1e-4 * expected.norm(), name
