@@ -19,6 +19,8 @@ _WHERE = {
     "LabError": "lab_utils.errors",
     "launch": "lab_utils.runs.api",
     "attach": "lab_utils.runs.api",
+    "finished": "lab_utils.runs.api",
+    "weights_of": "lab_utils.runs.api",
     "list_runs": "lab_utils.runs.api",
     "Run": "lab_utils.runs.api",
     "load_manifest": "lab_utils.data.manifest",

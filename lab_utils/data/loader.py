@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from lab_utils.data.documents import TRAINABLE, Document, Documents, encoding_of, load_documents
-from lab_utils.data.manifest import load_manifest
+from lab_utils.data.manifest import of_source
 from lab_utils.data.packing import first_fit
 from lab_utils.data.rows import PackedRows
 from lab_utils.errors import DataError, LayoutError
@@ -306,7 +306,7 @@ def build_loader(
     given = sources if sources is not None else data.train if train else data.validation
     documents = []
     for source in given:
-        manifest = load_manifest(source.manifest)
+        manifest = of_source(source)
         if manifest.format not in TRAINABLE:
             raise DataError(
                 f"{manifest.name} has format {manifest.format}, but training on documents needs "

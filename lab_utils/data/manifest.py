@@ -20,10 +20,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -33,6 +33,9 @@ from lab_utils.data.columns import COLUMNS, Row, to_ours
 from lab_utils.data.row_check import check_row
 from lab_utils.errors import DataError
 from lab_utils.registry import nearest
+
+if TYPE_CHECKING:
+    from lab_utils.recipe import DataSource
 
 SHIPPED = Path(__file__).parents[2] / "data_manifests"
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -119,6 +122,7 @@ class Manifest(Part):
     columns: dict[str, str] = Field({}, description="Our column: theirs. Absent: the names are ours.")
     splits: dict[str, Source] = Field(min_length=1)
     path: Path | None = Field(None, exclude=True, description="Where it was read from; not in the file.")
+    families: tuple[str, ...] = Field((), exclude=True, description="Rows of these alone (``only``).")
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> Manifest:
@@ -139,6 +143,10 @@ class Manifest(Part):
             raise DataError(f"{self.name} has no split '{split}': {nearest(split, list(self.splits))}.")
         return self.splits[split]
 
+    def only(self, families: Sequence[str]) -> Manifest:
+        """The same set, of which only rows of these families are read; none: all of them."""
+        return self.model_copy(update={"families": tuple(families)}) if families else self
+
     def rows(self, split: str) -> Iterator[Row]:
         """Rows in our columns, each checked, from files whose checksum has been checked before the first row.
 
@@ -151,6 +159,7 @@ class Manifest(Part):
 
     def located_rows(self, split: str) -> Iterator[tuple[str, Row]]:
         """As ``rows``, with the place of each: ``train.jsonl line 7``."""
+        found: set[str] = set()
         for place, theirs in self._raw_rows(split):
             try:
                 row = to_ours(theirs, self.format, self.columns)
@@ -160,7 +169,16 @@ class Manifest(Part):
                 raise DataError(
                     f"{place}: {problem} (manifest {self.name}, format {self.format}): correct it."
                 )
-            yield place, row
+            family = family_of(row)
+            found.add(family)
+            if not self.families or family in self.families:
+                yield place, row
+        for family in self.families:
+            if family not in found:
+                raise DataError(
+                    f"{self.name} has no row of family '{family}' in split {split}: "
+                    f"{nearest(family, sorted(found - {''}))}."
+                )
 
     def files(self, split: str) -> list[tuple[Path, str, int]]:
         """Local files of a split with their expected sha256 and bytes; made or fetched where they can be.
@@ -186,7 +204,8 @@ class Manifest(Part):
         else:
             hashes = [entry.sha256 for entry in source.files]
         share = source.share.model_dump() if isinstance(source, FileSource) and source.share else None
-        return repr((hashes, share, self.format, sorted(self.columns.items())))
+        only = (sorted(self.families),) if self.families else ()
+        return repr((hashes, share, self.format, sorted(self.columns.items()), *only))
 
     @property
     def _folder(self) -> Path:
@@ -241,7 +260,7 @@ class Manifest(Part):
         return [s for s, source in self.splits.items() if isinstance(source, HubSource) and not source.pinned]
 
     def row_count(self, split: str) -> int | None:
-        """Rows as the manifest states them; None for a hub set."""
+        """Rows as the manifest states them, whatever the families; None for a hub set."""
         source = self.source(split)
         if isinstance(source, HubSource):
             return None
@@ -267,6 +286,20 @@ class Manifest(Part):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         return path
+
+
+def family_of(row: Row) -> str:
+    """The task family of a row; empty where it names none."""
+    return row.get("family") or (row.get("verify") or {}).get("family") or ""
+
+
+def of_source(source: DataSource) -> Manifest:
+    """The data that a recipe's source names: its manifest, of its families.
+
+    Raises:
+        DataError: see ``load_manifest``.
+    """
+    return load_manifest(source.manifest).only(source.families)
 
 
 # -- finding -------------------------------------------------------------------------------------------------

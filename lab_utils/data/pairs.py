@@ -20,7 +20,7 @@ import torch
 
 from lab_utils.data.documents import Document, Documents, Encoded, Encoding, encoding_of, load_stored
 from lab_utils.data.loader import Joined, PackedLoader, loader_options
-from lab_utils.data.manifest import Manifest, load_manifest
+from lab_utils.data.manifest import Manifest, of_source
 from lab_utils.data.rows import PackedRows
 from lab_utils.data.sources import cache_root
 from lab_utils.errors import DataError
@@ -291,9 +291,7 @@ def build_pair_loader(
     encoding, mismatched = encoding_of(recipe, tokenizer), recipe.objective.loss == "kto"
     given = sources if sources is not None else data.train if train else data.validation
     pairs = [
-        load_pairs(load_manifest(source.manifest), source.split, encoding, mismatched=mismatched).fitted(
-            data.row_tokens
-        )
+        load_pairs(of_source(source), source.split, encoding, mismatched=mismatched).fitted(data.row_tokens)
         for source in given
     ]
     options = loader_options(recipe, tokenizer, given, rank=rank, world_size=world_size, train=train)

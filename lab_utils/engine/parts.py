@@ -81,7 +81,7 @@ def build_parts(
         source: where weights come from instead of ``recipe.model.source``: a checkpoint's ``model`` folder.
     """
     from lab_utils.data.documents import encoding_of
-    from lab_utils.data.manifest import load_manifest
+    from lab_utils.data.manifest import of_source
     from lab_utils.data.tokenizer import load_tokenizer
     from lab_utils.models.load import load_model, load_tokenizer_path
     from lab_utils.rollouts.prompts import build_prompts
@@ -104,7 +104,7 @@ def build_parts(
     tokenizer = load_tokenizer(section.tokenizer or load_tokenizer_path(section.source))
     shared = {"rank": rank, "world_size": world}
     # Held-out prompts are answered and verified, whatever is trained on; other data has the objective's loss.
-    formats = [load_manifest(source.manifest).format for source in recipe.data.validation]
+    formats = [of_source(source).format for source in recipe.data.validation]
     held_out = list(zip(recipe.data.validation, formats, strict=True))
     asked = [source for source, format in held_out if format == "prompt"]
     texts = [source for source, format in held_out if format != "prompt"]
@@ -121,7 +121,7 @@ def build_parts(
         validation=_loader(recipe)(recipe, tokenizer, sources=texts, train=False, **shared)
         if texts
         else None,
-        questions=[row for source in asked for row in load_manifest(source.manifest).rows(source.split)],
+        questions=[row for source in asked for row in of_source(source).rows(source.split)],
         encoding=encoding_of(recipe, tokenizer),
         objective=get_objective(recipe.objective, recipe.rollout),
         write_config=write,

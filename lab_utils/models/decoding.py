@@ -31,8 +31,8 @@ class Decoded(NamedTuple):
 class Decoding(Protocol):
     """Texts that a model is going on with, in rows ``0 …``. Rows are kept without a gap: see ``drop``."""
 
-    def batches(self, lengths: list[int]) -> list[list[int]]:
-        """Which texts of these lengths are best prefilled together."""
+    def batches(self, texts: list[list[int]]) -> list[list[int]]:
+        """Which of these texts are best prefilled together."""
 
     def prefill(self, texts: list[list[int]], *, want_routing: bool = False) -> Decoded:
         """Add a row for each text, behind those that are there; one forward pass."""
@@ -61,16 +61,16 @@ class Recomputing:
         self.model, self.batch_tokens = model, batch_tokens
         self.texts: list[list[int]] = []
 
-    def batches(self, lengths: list[int]) -> list[list[int]]:
+    def batches(self, texts: list[list[int]]) -> list[list[int]]:
         """Texts in their order, as many together as ``batch_tokens`` holds (or one)."""
         found: list[list[int]] = []
         room = 0
-        for i, length in enumerate(lengths):
-            if length > room:
+        for i, text in enumerate(texts):
+            if len(text) > room:
                 found.append([])
-                room = max(self.batch_tokens, length)
+                room = max(self.batch_tokens, len(text))
             found[-1].append(i)
-            room -= length
+            room -= len(text)
         return found
 
     def prefill(self, texts: list[list[int]], *, want_routing: bool = False) -> Decoded:
@@ -81,7 +81,7 @@ class Recomputing:
         for text, token in zip(self.texts, tokens, strict=False):
             text.append(token)
         texts = self.texts[: len(tokens)]
-        parts = self.batches([len(text) for text in texts])
+        parts = self.batches(texts)
         found = [self._all([texts[i] for i in part], want_routing) for part in parts]
         routing = [each[-1:] for part in found for each in part.routing or []]
         return Decoded(torch.cat([part.logits_RV for part in found]), routing if want_routing else None)

@@ -99,7 +99,7 @@ def generate(
             last = [samples[i].tokens[-1] for i in going_on]
         came = [waiting.pop() for _ in range(min(slots - len(live), len(waiting)))]
         texts = [requests[i].prompt + samples[i].tokens for i in came]
-        passes = decoding.batches([len(text) for text in texts]) if texts else []
+        passes = decoding.batches(texts) if texts else []
         # One pass goes on with every answer that is there, others begin those that have come.
         while _any(lockstep, bool(going_on or passes)):
             if going_on:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from lab_utils.panels.layout import OVERVIEW, PANELS, Panel
+from lab_utils.panels.layout import ALIGNMENT, OVERVIEW, PANELS, Panel
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import pandas as pd
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -47,10 +49,12 @@ def _canvas(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     return figure, axes
 
 
-def _label(key: str) -> str:
-    """`eval/loss` → 'eval', `perf/time/optimizer` → 'optimizer': what tells the lines of one panel apart."""
-    head, _, leaf = key.partition("/")
-    return leaf.rpartition("/")[2].replace("_", " ") if head in ("perf", "chip", "mem", "moe") else head
+def _labels(keys: Sequence[str]) -> list[str]:
+    """What tells the lines of one panel apart: `train` and `eval`, or `data` and `optimizer` of `perf/time/…`."""
+    heads = [key.partition("/")[0] for key in keys]
+    if len(set(heads)) == len(keys) and set(heads) <= {"train", "eval"}:
+        return heads
+    return [key.rpartition("/")[2].replace("_", " ") for key in keys]
 
 
 def _plain_ticks(axis: Any) -> None:
@@ -75,13 +79,11 @@ def draw_panel(ax: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
         return
     if panel.kind == "area":
         filled = metrics[keys].fillna(0.0) * panel.scale
-        ax.stackplot(
-            filled.index, filled.T.values, labels=[_label(k) for k in keys], colors=SERIES, linewidth=0
-        )
-    for color, key in zip(SERIES, keys) if panel.kind != "area" else ():
+        ax.stackplot(filled.index, filled.T.values, labels=_labels(keys), colors=SERIES, linewidth=0)
+    for color, key, label in zip(SERIES, keys, _labels(keys)) if panel.kind != "area" else ():
         series = metrics[key].dropna() * panel.scale
         if key.startswith("eval/"):
-            ax.plot(series.index, series, "o-", color=color, markersize=4, label=_label(key))
+            ax.plot(series.index, series, "o-", color=color, markersize=4, label=label)
             continue
         smooth = len(series) > 40 and panel.kind != "exact"
         ax.plot(
@@ -89,9 +91,10 @@ def draw_panel(ax: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
         )
         if smooth:
             series = series.ewm(span=max(len(series) // 20, 5)).mean()
-        ax.plot(series.index, series, color=color, linewidth=1.6, label=_label(key))
+        ax.plot(series.index, series, color=color, linewidth=1.6, label=label)
     if panel.kind != "log":
-        ax.set_ylim(bottom=0)
+        if (metrics[keys].min() >= 0).all():
+            ax.set_ylim(bottom=0)
     elif (metrics[keys].min() > 0).all():
         ax.set_yscale("log")
         _plain_ticks(ax.yaxis)
@@ -116,6 +119,47 @@ def overview(metrics: pd.DataFrame, title: str = "") -> Figure:
         ax.set_xlabel("optimizer step")
     figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
     return figure
+
+
+def alignment(metrics: pd.DataFrame, kind: str, title: str = "") -> Figure:
+    """What a run that learns from preferences, rewards or teachers is steered by.
+
+    Args:
+        metrics: ``Run.metrics()``.
+        kind: of the objective: preference, grpo or distill.
+        title: usually the run's name.
+    """
+    by_title = {panel.title: panel for panel in PANELS}
+    chosen = [by_title[name] for name in ALIGNMENT[kind]]
+    rows = len(chosen) // 3
+    figure, axes = _canvas(rows, 3, 11, 2.55 * rows)
+    for ax, panel in zip(axes.flat, chosen, strict=True):
+        draw_panel(ax, metrics, panel)
+    for ax in axes[-1]:
+        ax.set_xlabel("optimizer step")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
+    return figure
+
+
+def compared(table: pd.DataFrame, title: str = "") -> Figure:
+    """Numbers of several models as a map of shades, the number in each field.
+
+    Args:
+        table: a row a family, a column a model.
+        title: what the numbers are, with their unit.
+    """
+    import seaborn as sns
+
+    sheet, axes = _canvas(1, 1, 2.2 + 1.1 * table.shape[1], 1.2 + 0.36 * len(table))
+    ax = axes[0, 0]
+    sns.heatmap(
+        table, annot=True, fmt=".1f", cmap="Blues", vmin=0, vmax=130, cbar=False, linewidths=1.5, ax=ax
+    )
+    ax.set(title=title, xlabel="", ylabel="")
+    ax.xaxis.tick_top()
+    ax.tick_params(length=0, labelcolor=INK)
+    ax.tick_params(axis="y", rotation=0)
+    return sheet
 
 
 def weight_changes(audit: dict) -> Figure:

@@ -42,12 +42,29 @@ PANELS = (
         "Alignment",
         scale=100,
     ),
+    Panel("Implicit rewards", ("train/rewards/chosen", "train/rewards/rejected"), "nat", "Alignment"),
+    Panel("Reward margin", ("train/rewards/margins", "eval/rewards/margins"), "nat", "Alignment"),
+    Panel(
+        "Pairs with a positive margin",
+        ("train/rewards/accuracies", "eval/rewards/accuracies"),
+        "%",
+        "Alignment",
+        scale=100,
+    ),
+    Panel(
+        "Log-probability of the answers", ("train/logps/chosen", "train/logps/rejected"), "nat", "Alignment"
+    ),
+    Panel("Verified reward", ("train/reward", "train/reward_std"), "score", "Alignment"),
+    Panel("Divergence from the reference", ("train/kl", "eval/kl"), "nat / token", "Alignment"),
+    Panel("Divergence from the teachers", ("train/teacher_kl",), "nat / token", "Alignment", kind="log"),
     Panel("Throughput", ("perf/tokens_per_s",), "tokens / s", "Throughput"),
     Panel("Model FLOPs utilisation", ("perf/mfu",), "% of measured peak", "Throughput", scale=100),
     Panel(
         "Step time",
         (
             "perf/time/data",
+            "perf/time/generate",
+            "perf/time/weight_sync",
             "perf/time/forward_backward",
             "perf/time/optimizer",
             "perf/time/checkpoint",
@@ -61,6 +78,22 @@ PANELS = (
     Panel("Memory, worst rank", ("mem/allocated_peak",), "GiB", "Chips"),
     Panel("Gradient norm", ("train/grad_norm",), "L2", "Stability", kind="log"),
     Panel("Learning rate", ("train/learning_rate",), "learning rate", "Stability", kind="exact"),
+    Panel("Entropy of the predictions", ("train/entropy",), "nat", "Stability"),
+    Panel(
+        "Tokens clipped",
+        ("train/clip_ratio/low_mean", "train/clip_ratio/high_mean"),
+        "%",
+        "Stability",
+        kind="exact",
+        scale=100,
+    ),
+    Panel(
+        "Sampler against trainer",
+        ("train/sampling/sampling_logp_difference/mean", "train/sampling/sampling_logp_difference/max"),
+        "nat / token",
+        "Stability",
+        kind="log",
+    ),
     Panel("Indexer KL loss", ("train/indexer_kl",), "nat / query", "Stability"),
     Panel("Multi-token prediction loss", ("train/mtp_loss",), "nat / token", "Stability", kind="log"),
     Panel("Multi-token prediction hits", ("train/mtp_token_accuracy",), "%", "Stability", scale=100),
@@ -70,6 +103,23 @@ PANELS = (
     Panel("Experts without a token", ("moe/dead_expert_frac_mean",), "%", "MoE", scale=100),
     Panel("Balance loss of the experts", ("train/aux_loss",), "1 = even", "MoE"),
     Panel("Norm of the routers' bias", ("moe/bias_norm",), "L2", "MoE", kind="exact"),
+    Panel(
+        "Length of answers",
+        ("train/completions/mean_length", "train/completions/max_length"),
+        "tokens",
+        "Rollouts",
+    ),
+    Panel("Answers cut at the limit", ("train/completions/clipped_ratio",), "%", "Rollouts", scale=100),
+    Panel("Groups that teach nothing", ("train/frac_reward_zero_std",), "%", "Rollouts", scale=100),
+    Panel("Sampling speed", ("rollout/tokens_per_s",), "tokens / s", "Rollouts"),
+    Panel("Held-out answers right", ("eval/exact_match",), "%", "Evaluation", scale=100),
+    Panel(
+        "Refusals of held-out questions",
+        ("eval/refusal_rate", "eval/over_refusal_rate"),
+        "%",
+        "Evaluation",
+        scale=100,
+    ),
 )
 
 # The nine that tell how a run went, for a page of a report.
@@ -89,3 +139,35 @@ OVERVIEW = (
 def panels(section: str | None = None) -> list[Panel]:
     """The panels of a section, or all."""
     return [panel for panel in PANELS if section in (None, panel.section)]
+
+
+# What each kind of alignment is steered by, for its page.
+ALIGNMENT = {
+    "preference": (
+        "Alignment loss",
+        "Reward margin",
+        "Pairs with a positive margin",
+        "Implicit rewards",
+        "Log-probability of the answers",
+        "Gradient norm",
+    ),
+    "grpo": (
+        "Verified reward",
+        "Held-out answers right",
+        "Groups that teach nothing",
+        "Length of answers",
+        "Entropy of the predictions",
+        "Divergence from the reference",
+        "Tokens clipped",
+        "Sampler against trainer",
+        "Step time",
+    ),
+    "distill": (
+        "Divergence from the teachers",
+        "Token accuracy",
+        "Held-out answers right",
+        "Length of answers",
+        "Entropy of the predictions",
+        "Step time",
+    ),
+}

@@ -65,6 +65,7 @@ class ModelSection(Section):
 class DataSource(Section):
     manifest: str = Field(description="Name of a manifest in data_manifests/, or a path to one.")
     split: str = Field("train", description="Split of the manifest.")
+    families: tuple[str, ...] = Field((), description="Rows of these task families alone; none: all.")
     weight: float = Field(1.0, gt=0, description="How often an epoch passes over this source (1.0 = once).")
 
 

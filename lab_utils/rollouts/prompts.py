@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lab_utils.data.documents import Encoding, encoding_of
 from lab_utils.data.encoding import encode_messages
 from lab_utils.data.loader import epoch_order
-from lab_utils.data.manifest import load_manifest
+from lab_utils.data.manifest import of_source
 from lab_utils.errors import DataError
 
 if TYPE_CHECKING:
@@ -187,7 +187,7 @@ def build_prompts(
     sources = recipe.data.train if sources is None else sources
     rows, keys = [], []
     for source in sources:
-        manifest = load_manifest(source.manifest)
+        manifest = of_source(source)
         if manifest.format != "prompt":
             raise DataError(
                 f"{manifest.name} has format {manifest.format}, but sampling needs prompt: choose another manifest "

@@ -71,6 +71,20 @@ class Run:
     def launcher(self) -> Launcher:
         return get_launcher(self.directory.status.get("launcher") or self.recipe.cluster.launcher)
 
+    @property
+    def weights(self) -> Path:
+        """Folder of the newest checkpoint's weights, as ``model.source`` takes it.
+
+        Raises:
+            RunError: there is no checkpoint yet.
+        """
+        found = self.directory.checkpoints()
+        if not found:
+            raise RunError(
+                f"{self.name} has no checkpoint yet: let it save one (schedule.save_every), or go on to its end."
+            )
+        return found[-1] / "model"
+
     # -- where it stands -------------------------------------------------------------------------------
 
     @property
@@ -312,6 +326,42 @@ def launch(recipe: Recipe | str | Path, *, root: str | Path | None = None, wait:
     _submit(directory, recipe)
     run = Run(directory)
     return run.wait() if wait else run
+
+
+def finished(recipe: Recipe | str | Path, *, root: str | Path | None = None) -> Run:
+    """A run of this recipe that has succeeded: the newest there is, or one that is launched now and waited for.
+
+    Two recipes are one when their hashes are: when they compute the same.
+
+    Raises:
+        LabError: see ``launch`` and ``Run.wait``.
+    """
+    if not isinstance(recipe, Recipe):
+        recipe = Recipe.load(recipe)
+    for run in list_runs(root):
+        if run.recipe.hash == recipe.hash and run.state == "succeeded" and run.directory.checkpoints():
+            return run
+    return launch(recipe, root=root, wait=True)
+
+
+def weights_of(name: Run | str | Path | None, otherwise: str = "sft_tiny") -> str:
+    """Weights to start from, as ``model.source`` takes them.
+
+    Args:
+        name: a run, its name, prefix or path, ``last``; a folder of weights; base:NAME, preset:NAME, hf:ORG/NAME.
+            None: a finished run of the recipe ``otherwise``, which is made where there is none.
+
+    Raises:
+        LabError: no such run, or one without a checkpoint; see ``finished``.
+    """
+    if name is None:
+        return str(finished(otherwise).weights)
+    if isinstance(name, Run):
+        return str(name.weights)
+    text = str(name)
+    if text.partition(":")[0] in ("base", "preset", "hf") or (Path(text) / "config.json").is_file():
+        return text
+    return str(attach(name).weights)
 
 
 def attach(run: str | Path = "last", root: str | Path | None = None) -> Run:

@@ -25,11 +25,11 @@ def check_data(recipe: Recipe) -> None:
     """
     from lab_utils.data.manifest import load_manifest
 
-    used: dict[str, set[str]] = {}
+    used: dict[tuple[str, tuple[str, ...]], set[str]] = {}
     for source in (*recipe.data.train, *recipe.data.validation):
-        used.setdefault(source.manifest, set()).add(source.split)
-    for name, splits in used.items():
-        manifest = load_manifest(name)
+        used.setdefault((source.manifest, source.families), set()).add(source.split)
+    for (name, families), splits in used.items():
+        manifest = load_manifest(name).only(families)
         for split in splits:
             manifest.source(split)
         # Only what the run reads: a set may have other splits, which may be large or not be here.

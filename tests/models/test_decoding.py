@@ -103,7 +103,9 @@ def test_answers_do_not_depend_on_what_else_is_sampled():
 
 def test_the_cache_is_no_different_from_recomputing():
     model = build(2).double().eval()
-    requests = [Request(p, i, 15) for i, p in enumerate(prompts(2, 10))]
+    asked = prompts(2, 8)
+    # Several answers to one prompt share its prefill.
+    requests = [Request(p, i, 15) for i, p in enumerate([*asked, asked[1], asked[1], asked[4]])]
     options = {"sampling": Sampling(1.0, seed=3), "eos_id": 7, "slots": 4, "want_routing": True}
     cached = generate(model, requests, **options)
     again = generate(model, requests, **options, decoding=Recomputing(model))

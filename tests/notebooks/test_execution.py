@@ -1,6 +1,9 @@
 """Notebooks run the way a user runs them; bad parameters are refused before a kernel starts."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -84,3 +87,51 @@ def test_fine_tuning_runs_from_parameters_to_export(tmp_path):
         (run / "export").glob("model-*.safetensors")
     )
     assert json.loads((run / "provenance.json").read_text())["notebook"]
+
+
+# The alignment notebooks on the base model, side by side: what counts here is that every cell runs.
+SMALL = {
+    "20_preference": {"loss": "simpo", "steps": 2},
+    "30_grpo": {"steps": 2, "prompts": 4},
+    "40_distill": {"steps": 2, "prompts": 4, "specialist_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def aligned(tmp_path_factory):
+    """The last run of each notebook."""
+    started = {}
+    for name, parameters in SMALL.items():
+        root = tmp_path_factory.mktemp(name)
+        given = {"start": "base:tiny", "nproc": 1, "questions": 8, **parameters}
+        words = [word for key, value in given.items() for word in ("-p", key, str(value))]
+        started[name] = (
+            root,
+            subprocess.Popen(
+                [Path(sys.executable).with_name("lab"), "notebook", name, *words, "--json"],
+                env={**os.environ, "ASCENT_RUNS": str(root), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            ),
+        )
+    found = {}
+    for name, (_, process) in started.items():
+        out, errors = process.communicate(timeout=900)
+        assert process.returncode == 0, errors[-3000:]
+        found[name] = json.loads(out)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMALL)
+def test_alignment_runs_from_parameters_to_before_and_after(aligned, name):
+    done = aligned[name]
+    run = Path(done["runs"][-1])
+    assert json.loads((run / "status.json").read_text())["state"] == "succeeded"
+    report = json.loads((run / "report.json").read_text())
+    assert report["exact_match"]["n"] == report["base"]["exact_match"]["n"] == 8
+    assert (run / "samples.html").exists()
+    assert Path(done["notebook"]).parent.parent == run.parent
+    assert Path(done["notebook"]).read_text().count("image/png") >= 2
+    assert len(done["runs"]) == (3 if name == "40_distill" else 1)

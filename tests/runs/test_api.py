@@ -292,3 +292,44 @@ def test_a_run_is_resumed_under_another_layout_but_stays_what_it_computes(tmp_pa
     assert submitted == [run.recipe]
     assert run.recipe.model.checkpointing == "full" and run.recipe.schedule.save_every == 7
     assert (directory.path / "recipe.yaml").stat().st_mtime_ns == before
+
+
+def succeeded(recipe, root):
+    run = create(recipe, root)
+    for state in ("running", "succeeded"):
+        run.write_status(state=state)
+    for step in ("step-000010", "step-000020"):
+        (run.path / "checkpoints" / step / "model").mkdir(parents=True)
+        (run.path / "checkpoints" / step / "COMPLETE").touch()
+    return Run(run)
+
+
+def test_weights_are_those_of_the_newest_checkpoint(tmp_path, recipe):
+    assert succeeded(recipe, tmp_path).weights == next(tmp_path.iterdir()) / "checkpoints/step-000020/model"
+    with pytest.raises(RunError, match="has no checkpoint yet"):
+        _ = Run(create(recipe, tmp_path)).weights
+
+
+def test_a_finished_run_of_the_same_recipe_is_taken_again(tmp_path, recipe, monkeypatch):
+    launched = []
+    monkeypatch.setattr(api, "launch", lambda recipe, **options: launched.append((recipe, options)))
+    done = succeeded(recipe, tmp_path)
+    create(recipe.with_changes({"schedule.steps": 30}), tmp_path)  # newer, another recipe, and not done
+    elsewhere = recipe.with_changes({"tracking.log_every": 5})
+    assert api.finished(elsewhere, root=tmp_path).path == done.path and not launched
+    other = recipe.with_changes({"optim.lr": 1e-4})
+    api.finished(other, root=tmp_path)
+    assert launched == [(other, {"root": tmp_path, "wait": True})]
+
+
+def test_weights_to_start_from_are_named_in_many_ways(tmp_path, recipe, monkeypatch):
+    monkeypatch.setenv("ASCENT_RUNS", str(tmp_path))
+    run = succeeded(recipe, tmp_path)
+    for name in (run, run.name, run.path, "last", "trial"):
+        assert api.weights_of(name) == str(run.weights)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").touch()
+    for source in ("base:tiny", "hf:org/name", str(tmp_path / "model")):
+        assert api.weights_of(source) == source
+    with pytest.raises(RunError):
+        api.weights_of("nobody")

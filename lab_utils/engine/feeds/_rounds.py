@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ class Rounds(Feed, ABC):
         self.rows: list[PackedRows] = []  # of the round, by update
         self.start = self.train.state_dict()  # of the prompts, at the round's beginning
         self.found: dict[str, Metric] = {}
+        self.sampled, self.seconds = 0, 0.0  # tokens of the round's answers, and what they took
 
     # -- what subclasses do -------------------------------------------------------------------------------------------
 
@@ -95,6 +97,7 @@ class Rounds(Feed, ABC):
         if not self.rows:
             self._begin()
         rows = self.rows[self.update]
+        self.found["rollout/staleness"] = Mean(float(self.update), 1.0)
         self.update += 1
         if self.update == len(self.rows):
             self.round, self.update, self.rows = self.round + 1, 0, []
@@ -129,7 +132,11 @@ class Rounds(Feed, ABC):
             with self.evaluating():
                 self._hand_over()
                 self.sampler.begin(self.round)
+                self.sampled, self.seconds = 0, 0.0
                 parts = self.texts(self.groups())
+                # Ranks sample side by side: what one does in its time, so many times.
+                speed = Mean(float(self.sampled * self.engine.dp), self.seconds)
+                self.found["rollout/tokens_per_s"] = speed
                 self.rows = [self._refined(self._packed(part)) for part in parts]
                 self.sampler.end()
             self._write()
@@ -181,7 +188,10 @@ class Rounds(Feed, ABC):
                 )
             budget = min(self.budget(group.mode), room)
             requests += [Request(group.prompt, group.number * size + i, budget) for i in range(size)]
+        began = time.perf_counter()
         samples = self._of_stages(lambda: self.sampler.sample(requests, self.sampling))
+        self.sampled += sum(len(sample.tokens) for sample in samples)
+        self.seconds += time.perf_counter() - began
         for i, group in enumerate(groups):
             group.samples = samples[i * size : (i + 1) * size]
         return groups

@@ -52,40 +52,53 @@ class DeepseekV4Decoding:
         self._head: Tensor | None = None
         self._on_cpu: CpuStep | None = None
 
-    def batches(self, lengths: list[int]) -> list[list[int]]:
-        """Texts of like lengths together: every one has a row of its own, as wide as the longest."""
+    def batches(self, texts: list[list[int]]) -> list[list[int]]:
+        """Texts of like lengths together: each has a row of its own, as wide as the longest. Equal ones are one row."""
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, text in enumerate(texts):
+            alike.setdefault(tuple(text), []).append(i)
         found: list[list[int]] = []
-        batch: list[int] = []
-        tokens = 0
-        for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-            padded, tokens = lengths[i] * (len(batch) + 1), tokens + lengths[i]
-            if batch and (padded > BATCH_TOKENS or padded - tokens > PADDING * padded):
-                found.append(batch)
-                batch, tokens = [], lengths[i]
-            batch.append(i)
-        return [*found, batch] if batch else found
+        tokens = rows = 0
+        for text in sorted(alike, key=len):
+            tokens, rows = tokens + len(text), rows + 1
+            padded = len(text) * rows
+            if not found or padded > BATCH_TOKENS or padded - tokens > PADDING * padded:
+                found.append([])
+                tokens, rows = len(text), 1
+            found[-1] += alike[text]
+        return found
 
     @torch.no_grad()
     def prefill(self, texts: list[list[int]], *, want_routing: bool = False) -> Decoded:
-        device = self.like.device
-        rows = range(len(self.lengths), len(self.lengths) + len(texts))
-        self._make_room(rows.stop)
-        lengths = [len(text) for text in texts]
+        device, first = self.like.device, len(self.lengths)
+        self._make_room(first + len(texts))
+        # Answers to one prompt share its pass: the others' caches are copies.
+        owners: dict[tuple[int, ...], int] = {}
+        owner = [owners.setdefault(tuple(text), i) for i, text in enumerate(texts)]
+        computed = list(owners.values())
+        place = {i: b for b, i in enumerate(computed)}
+        lengths = [len(texts[i]) for i in computed]
         width = max(lengths)
-        ids_BT = torch.tensor([text + [0] * (width - len(text)) for text in texts], device=device)
+        ids_BT = torch.tensor([texts[i] + [0] * (width - len(texts[i])) for i in computed], device=device)
         length_B = torch.tensor(lengths, device=device)
         context = self._context(ids_BT)
-        context.caching = Caching(self.layers, Filling(torch.tensor(rows, device=device), length_B))
+        rows_B = torch.tensor([first + i for i in computed], device=device)
+        context.caching = Caching(self.layers, Filling(rows_B, length_B))
         h_BTnD, record = self._run(context, want_routing)
-        self.lengths += lengths
+        copies = [i for i in range(len(texts)) if owner[i] != i]
+        self._copy([first + owner[i] for i in copies], [first + i for i in copies])
+        self.lengths += [len(text) for text in texts]
         if h_BTnD is not None:
-            h_BTnD = h_BTnD[torch.arange(len(texts), device=device), length_B - 1][:, None]
-        logits_BV = self._logits(h_BTnD, len(texts))
+            h_BTnD = h_BTnD[torch.arange(len(computed), device=device), length_B - 1][:, None]
+        logits_BV = self._logits(h_BTnD, len(computed))
         routing = None
         if record is not None:
-            routing_BTLk = record.to_rows(len(texts)).cpu()
-            routing = [routing_BTLk[b, :length].clone() for b, length in enumerate(lengths)]
-        return Decoded(logits_BV, routing)
+            routing_BTLk = record.to_rows(len(computed)).cpu()
+            routing = [
+                routing_BTLk[place[i], : len(text)].clone() for i, text in zip(owner, texts, strict=True)
+            ]
+        of_text = torch.tensor([place[i] for i in owner], device=device)
+        return Decoded(logits_BV[of_text], routing)
 
     @torch.no_grad()
     def step(self, tokens: list[int], *, want_routing: bool = False) -> Decoded:
@@ -116,10 +129,13 @@ class DeepseekV4Decoding:
         if row == last:
             return
         self.lengths[row] = length
-        for cache in self.layers.values():
+        self._copy([last], [row])
+
+    def _copy(self, rows: list[int], to: list[int]) -> None:
+        for cache in self.layers.values() if rows else ():
             for name in cache.held():
                 tensor = getattr(cache, name)
-                tensor[row] = tensor[last]
+                tensor[to] = tensor[rows]
 
     @torch.no_grad()
     def idle(self) -> None:
