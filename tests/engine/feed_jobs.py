@@ -24,16 +24,19 @@ BASE: dict[str, Any] = {
 }
 
 
-def worked(root: Path, trees: dict[str, dict[str, Any]], ranks: int = 1) -> dict[str, RunDirectory]:
-    """The runs of these recipes, to their ends, by name; ``name=earlier`` goes on from another run's checkpoint."""
+def begun(root: Path, trees: dict[str, dict[str, Any]], ranks: int = 1) -> subprocess.Popen:
+    """The runs of these recipes on their way, in a process group of their own; ``name=earlier`` goes on from another
+    run's checkpoint. A folder that is there already is gone on with."""
     for key, tree in trees.items():
         folder = root / key.partition("=")[0]
+        if folder.exists():
+            continue
         folder.mkdir(parents=True)
         recipe = Recipe.parse({**BASE, **tree}).with_changes({"cluster.nproc": ranks})
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
         RunDirectory(folder).write_status(state="created")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
+    return subprocess.Popen(
         [*command, str(Path(__file__).with_name("feed_runs.py")), str(root), *trees],
         env={
             **os.environ,
@@ -41,10 +44,18 @@ def worked(root: Path, trees: dict[str, dict[str, Any]], ranks: int = 1) -> dict
             "PYTHONPATH": str(Path(__file__).parents[2]),
             "ASCENT_CACHE": str(root.parent / "cache"),
         },
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
-    assert done.returncode == 0, done.stderr[-6000:]
+
+
+def worked(root: Path, trees: dict[str, dict[str, Any]], ranks: int = 1) -> dict[str, RunDirectory]:
+    """The same runs to their ends, by name."""
+    process = begun(root, trees, ranks)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors[-6000:]
     return {name: RunDirectory(root / name) for name in (key.partition("=")[0] for key in trees)}
 
 
