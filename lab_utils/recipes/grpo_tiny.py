@@ -20,16 +20,16 @@ def recipe() -> Recipe:
     return Recipe(
         name="grpo_tiny",
         model=ModelSection(source="base:tiny"),
-        objective=GrpoObjective(kind="grpo", rewards=(RewardSource(name="exact"),), kl_weight=0.02),
-        rollout=RolloutSection(prompts=16, group_size=8, max_new_tokens=80),
+        objective=GrpoObjective(kind="grpo", rewards=(RewardSource(name="exact"),), kl_weight=0.005),
+        rollout=RolloutSection(prompts=32, group_size=16, max_new_tokens=32, slots=256),
         data=DataSection(
-            train=(DataSource(manifest=QUESTIONS, families=("tools",)),),
-            validation=(DataSource(manifest=QUESTIONS, split="validation", families=("tools",)),),
-            row_tokens=1024,
+            train=(DataSource(manifest=QUESTIONS, families=("lists",)),),
+            validation=(DataSource(manifest=QUESTIONS, split="validation", families=("lists",)),),
+            row_tokens=512,
         ),
-        optim=OptimSection(lr=2e-4),
+        optim=OptimSection(lr=4e-4),
         schedule=ScheduleSection(
-            steps=60, batch_tokens=16384, warmup_steps=3, final_lr_ratio=0.2, eval_every=10
+            steps=90, batch_tokens=16384, micro_rows=4, warmup_steps=5, final_lr_ratio=0.2, eval_every=15
         ),
         cluster=ClusterSection(nproc=2),
     )

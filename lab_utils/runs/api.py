@@ -344,7 +344,7 @@ def finished(recipe: Recipe | str | Path, *, root: str | Path | None = None) -> 
     return launch(recipe, root=root, wait=True)
 
 
-def weights_of(name: Run | str | Path | None, otherwise: str = "sft_tiny") -> str:
+def weights_of(name: Run | str | Path | None, otherwise: Recipe | str = "sft_tiny") -> str:
     """Weights to start from, as ``model.source`` takes them.
 
     Args:
