@@ -78,6 +78,7 @@ def draw_panel(ax: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
         ax.set(xticks=[], yticks=[])
         return
     if panel.kind == "area":
+        keys = [key for key in keys if (metrics[key] > 0).any()] or keys[:1]
         filled = metrics[keys].fillna(0.0) * panel.scale
         ax.stackplot(filled.index, filled.T.values, labels=_labels(keys), colors=SERIES, linewidth=0)
     for color, key, label in zip(SERIES, keys, _labels(keys)) if panel.kind != "area" else ():
@@ -94,7 +95,7 @@ def draw_panel(ax: Axes, metrics: pd.DataFrame, panel: Panel) -> None:
         ax.plot(series.index, series, color=color, linewidth=1.6, label=label)
     if panel.kind != "log":
         if (metrics[keys].min() >= 0).all():
-            ax.set_ylim(bottom=0)
+            ax.set_ylim(0, 1.05 * ax.get_ylim()[1])
     elif (metrics[keys].min() > 0).all():
         ax.set_yscale("log")
         _plain_ticks(ax.yaxis)

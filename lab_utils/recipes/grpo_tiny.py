@@ -29,7 +29,7 @@ def recipe() -> Recipe:
         ),
         optim=OptimSection(lr=4e-4),
         schedule=ScheduleSection(
-            steps=90, batch_tokens=16384, micro_rows=4, warmup_steps=5, final_lr_ratio=0.2, eval_every=15
+            steps=100, batch_tokens=16384, micro_rows=4, warmup_steps=5, final_lr_ratio=0.2, eval_every=25
         ),
         cluster=ClusterSection(nproc=2),
     )

@@ -19,6 +19,6 @@ def recipe() -> Recipe:
             train=(DataSource(manifest="ascent-tasks-sft", families=("tools", "formats")),), row_tokens=512
         ),
         optim=OptimSection(lr=1e-3),
-        schedule=ScheduleSection(steps=120, batch_tokens=4096, warmup_steps=10, final_lr_ratio=0.05),
+        schedule=ScheduleSection(steps=80, batch_tokens=4096, warmup_steps=10, final_lr_ratio=0.05),
         cluster=ClusterSection(nproc=2),
     )

@@ -45,10 +45,6 @@ RUNS: dict[str, dict[str, Any]] = {
 LAYOUTS = {"ep2_pp2": {"ep": 2, "pp": 2}, "pp2_v2": {"pp": 2, "virtual_stages": 2}}
 
 
-def under(parallel: dict[str, int]) -> dict[str, dict[str, Any]]:
-    return {name: {**tree, "parallel": parallel} for name, tree in RUNS.items()}
-
-
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("layouts")
@@ -57,6 +53,17 @@ def root(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def one_rank(root) -> dict[str, RunDirectory]:
     return worked(root / "one", RUNS)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(root) -> dict[str, RunDirectory]:
+    """Every run under every layout, in one launch."""
+    trees = {
+        f"{name}-{layout}": {**tree, "parallel": parallel}
+        for layout, parallel in LAYOUTS.items()
+        for name, tree in RUNS.items()
+    }
+    return worked(root / "four", trees, ranks=4)
 
 
 def curve(run: RunDirectory, name: str) -> torch.Tensor:
@@ -70,12 +77,13 @@ def weights(run: RunDirectory) -> torch.Tensor:
     return torch.cat([found[name].float().flatten() for name in sorted(found)])
 
 
+@pytest.mark.parametrize("name", RUNS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_rounds_under_a_layout_follow_one_rank(root, one_rank, layout):
-    for name, run in worked(root / layout, under(LAYOUTS[layout]), ranks=4).items():
-        for metric in ("train/loss", "train/completions/mean_length"):
-            expected, found = curve(one_rank[name], metric), curve(run, metric)
-            assert len(found) == len(expected) > 1
-            assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), (name, metric, found, expected)
-        expected = weights(one_rank[name])
-        assert (weights(run) - expected).norm() <= 1e-4 * expected.norm(), name
+def test_rounds_under_a_layout_follow_one_rank(one_rank, four_ranks, layout, name):
+    one, run = one_rank[name], four_ranks[f"{name}-{layout}"]
+    for metric in ("train/loss", "train/completions/mean_length"):
+        expected, found = curve(one, metric), curve(run, metric)
+        assert len(found) == len(expected) > 1
+        assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), (metric, found, expected)
+    expected = weights(one)
+    assert (weights(run) - expected).norm() <= 1e-4 * expected.norm()
