@@ -184,3 +184,8 @@ def test_recipes_and_keys_in_the_docs_are_of_this_version(page):
     known = _keys(Recipe)
     for key in re.findall(rf"`((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)", text):
         assert any(f"{each}.".startswith(f"{key}.") for each in known), f"{page.name} names {key}"
+
+
+def test_a_reward_model_with_token_prediction_is_refused(recipe):
+    with pytest.raises(RecipeError, match="mtp_loss=0.1 predicts tokens, and a reward model"):
+        recipe.with_changes({"objective": {"kind": "reward"}, "model.mtp_loss": 0.1})

@@ -78,6 +78,15 @@ class Recipe(Section):
             )
         return tree
 
+    @model_validator(mode="after")
+    def _a_reward_model_predicts_no_token(self) -> Recipe:
+        if self.objective.kind == "reward" and self.model.mtp_loss:
+            raise ValueError(
+                f"model.mtp_loss={self.model.mtp_loss} predicts tokens, and a reward model (objective.kind=reward) "
+                "has no head for them: set it to 0"
+            )
+        return self
+
     # -- construction -----------------------------------------------------------------------------------------------
 
     @classmethod
