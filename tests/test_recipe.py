@@ -187,5 +187,5 @@ def test_recipes_and_keys_in_the_docs_are_of_this_version(page):
 
 
 def test_a_reward_model_with_token_prediction_is_refused(recipe):
-    with pytest.raises(RecipeError, match="mtp_loss=0.1 predicts tokens, and a reward model"):
+    with pytest.raises(RecipeError, match=r"mtp_loss=0\.1 predicts tokens, and a reward model"):
         recipe.with_changes({"objective": {"kind": "reward"}, "model.mtp_loss": 0.1})

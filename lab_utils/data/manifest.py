@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from lab_utils.data import sources
 from lab_utils.data.columns import COLUMNS, Row, to_ours
@@ -122,7 +122,7 @@ class Manifest(Part):
     columns: dict[str, str] = Field({}, description="Our column: theirs. Absent: the names are ours.")
     splits: dict[str, Source] = Field(min_length=1)
     path: Path | None = Field(None, exclude=True, description="Where it was read from; not in the file.")
-    families: tuple[str, ...] = Field((), exclude=True, description="Rows of these alone (``only``).")
+    _families: tuple[str, ...] = PrivateAttr(())  # rows of these alone: see ``only``
 
     @model_validator(mode="after")
     def _columns_are_known(self) -> Manifest:
@@ -145,7 +145,11 @@ class Manifest(Part):
 
     def only(self, families: Sequence[str]) -> Manifest:
         """The same set, of which only rows of these families are read; none: all of them."""
-        return self.model_copy(update={"families": tuple(families)}) if families else self
+        if not families:
+            return self
+        found = self.model_copy()
+        found._families = tuple(families)
+        return found
 
     def rows(self, split: str) -> Iterator[Row]:
         """Rows in our columns, each checked, from files whose checksum has been checked before the first row.
@@ -171,9 +175,9 @@ class Manifest(Part):
                 )
             family = family_of(row)
             found.add(family)
-            if not self.families or family in self.families:
+            if not self._families or family in self._families:
                 yield place, row
-        for family in self.families:
+        for family in self._families:
             if family not in found:
                 raise DataError(
                     f"{self.name} has no row of family '{family}' in split {split}: "
@@ -204,7 +208,7 @@ class Manifest(Part):
         else:
             hashes = [entry.sha256 for entry in source.files]
         share = source.share.model_dump() if isinstance(source, FileSource) and source.share else None
-        only = (sorted(self.families),) if self.families else ()
+        only = (sorted(self._families),) if self._families else ()
         return repr((hashes, share, self.format, sorted(self.columns.items()), *only))
 
     @property

@@ -30,9 +30,9 @@ def audits(tmp_path_factory) -> dict[str, dict[str, Any]]:
     # Enough rows that every expert gets tokens, in every layer.
     tree: dict[str, Any] = {
         "model": {"source": source, "mtp_loss": 0.3, "balance_rate": 0.001},
-        "data": {"train": [few(root / "data", "ascent-tasks-sft", 200)], "row_tokens": 256},
+        "data": {"train": [few(root / "data", "ascent-tasks-sft", 200)], "row_tokens": 512},
         "optim": {"kind": "muon", "lr": 1e-3},
-        "schedule": {"steps": 2, "batch_tokens": 4096, "micro_rows": 1, "warmup_steps": 0},
+        "schedule": {"steps": 2, "batch_tokens": 8192, "micro_rows": 1, "warmup_steps": 0},
     }
     trees = {}
     for name, changes in LAYOUTS.items():

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from feed_jobs import lines, worked
+from feed_jobs import few, lines, worked
 from safetensors.torch import load_file
 
 from lab_utils.runs.directory import RunDirectory
@@ -51,17 +51,32 @@ def root(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def one_rank(root) -> dict[str, RunDirectory]:
-    return worked(root / "one", RUNS)
+def runs(root) -> dict[str, dict[str, Any]]:
+    """The recipes, with a few held-out questions that are answered at the end."""
+    (root / "data").mkdir()
+    data = {**COMMON["data"], "validation": [few(root / "data", "ascent-tasks-prompts", 6)]}
+    return {
+        name: {
+            **tree,
+            "data": data,
+            "schedule": {**tree["schedule"], "eval_every": tree["schedule"]["steps"]},
+        }
+        for name, tree in RUNS.items()
+    }
 
 
 @pytest.fixture(scope="module")
-def four_ranks(root) -> dict[str, RunDirectory]:
+def one_rank(root, runs) -> dict[str, RunDirectory]:
+    return worked(root / "one", runs)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(root, runs) -> dict[str, RunDirectory]:
     """Every run under every layout, in one launch."""
     trees = {
         f"{name}-{layout}": {**tree, "parallel": parallel}
         for layout, parallel in LAYOUTS.items()
-        for name, tree in RUNS.items()
+        for name, tree in runs.items()
     }
     return worked(root / "four", trees, ranks=4)
 
@@ -85,5 +100,7 @@ def test_rounds_under_a_layout_follow_one_rank(one_rank, four_ranks, layout, nam
         expected, found = curve(one, metric), curve(run, metric)
         assert len(found) == len(expected) > 1
         assert torch.allclose(found, expected, rtol=1e-4, atol=1e-6), (metric, found, expected)
+    for metric in ("eval/exact_match", "eval/completions/mean_length"):
+        assert torch.equal(curve(run, metric), curve(one, metric)) and len(curve(one, metric))
     expected = weights(one)
     assert (weights(run) - expected).norm() <= 1e-4 * expected.norm()
