@@ -40,19 +40,6 @@ def apply(function: type[torch.autograd.Function], *args):
     return function.apply(*args) if torch.is_grad_enabled() else function.forward(_NoBackward(), *args)
 
 
-def is_few(x: torch.Tensor, elements: int = 1 << 16) -> bool:
-    """Whether x is so little on a CPU, and no gradient wanted, that calls cost more than arithmetic: a decoding step.
-
-    numpy, on the same memory, then takes a third of torch's time for a call.
-    """
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and x.numel() <= elements
-        and not torch.is_grad_enabled()
-    )
-
-
 def break_ties(scores: torch.Tensor) -> torch.Tensor:
     """Scores ``[…, L]`` whose exact zeros fall off with their place: of several, the earliest entry ranks first.
 

@@ -20,7 +20,7 @@ _WHERE = {
     "launch": "lab_utils.runs.api",
     "attach": "lab_utils.runs.api",
     "finished": "lab_utils.runs.api",
-    "weights_of": "lab_utils.runs.api",
+    "weights_of": "lab_utils.evaluation.targets",
     "list_runs": "lab_utils.runs.api",
     "Run": "lab_utils.runs.api",
     "load_manifest": "lab_utils.data.manifest",

@@ -6,12 +6,11 @@ streams pass through, so that the gradient of their mixing arrives here and is a
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import apply, full_dtype, is_few
+from kernels._support import apply, full_dtype
 from kernels.rms_norm.torch import inverse_rms
 
 
@@ -106,35 +105,8 @@ class _Pre(torch.autograd.Function):
         )
 
 
-def _few(
-    h_NnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, iterations: int, eps: float, norm_eps: float
-):
-    """The same of a few tokens without gradients; tokens last here too."""
-    N, n, D = h_NnD.shape
-    eps32, u = np.float32(eps), h_NnD.view(N, n * D)
-    rows = u.numpy()
-    mean = np.vecdot(rows, rows) / np.float32(n * D)
-    factor = np.repeat(scale.detach().numpy(), [n, n, n * n])
-    z_zN = np.empty((n * (n + 2), N), np.float32)
-    np.multiply(torch.mm(u, fn.T).numpy().T, 1 / np.sqrt(mean + np.float32(norm_eps)), out=z_zN)
-    z_zN *= factor[:, None]
-    z_zN += base.detach().numpy()[:, None]
-    gates = torch.sigmoid(torch.from_numpy(z_zN[: 2 * n].T.copy()))
-    comb = z_zN[2 * n :].reshape(n, n, N)
-    comb -= comb.max(1, keepdims=True)
-    np.exp(comb, out=comb)
-    comb /= np.add.reduce(comb, 1, keepdims=True)
-    comb += eps32
-    for dim in _dimensions(iterations):
-        comb /= np.add.reduce(comb, dim, keepdims=True, initial=eps32)
-    collapsed = torch.bmm(gates[:, None, :n].add(eps), h_NnD).squeeze(1)
-    return collapsed, gates[:, n:] * 2, torch.from_numpy(np.ascontiguousarray(comb.transpose(2, 0, 1))), h_NnD
-
-
 def hyper_connection_pre(
     h_NnD: Tensor, fn: Tensor, base: Tensor, scale: Tensor, *, iterations: int, eps: float, norm_eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See ``reference.hyper_connection_pre``. The handed-on streams must have one user: its gradient is added to."""
-    if is_few(h_NnD) and h_NnD.is_contiguous() and fn.dtype == torch.float32:
-        return _few(h_NnD, fn, base, scale, iterations, eps, norm_eps)
     return apply(_Pre, h_NnD, fn, base, scale, iterations, eps, norm_eps)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kernels._products import mm, onednn_first
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import apply, is_few
+from kernels._support import apply
 
 
 class _Linear(torch.autograd.Function):
@@ -40,8 +40,6 @@ class _Linear(torch.autograd.Function):
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """See ``reference.linear``."""
-    if weight.ndim == 2 and is_few(x):
-        return torch.mm(x.reshape(-1, x.shape[-1]), weight.T).view(*x.shape[:-1], -1)
     if x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32 and onednn_first():
         grouped = weight if weight.ndim == 3 else weight[None]
         y_NY = apply(_Linear, x.reshape(-1, x.shape[-1]), grouped)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from kernels._support import any_device as unsupported  # noqa: F401
-from kernels._support import apply, full_dtype, is_few
+from kernels._support import apply, full_dtype
 
 
 def inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -37,16 +36,6 @@ class _RmsNorm(torch.autograd.Function):
         return d_x.view(x.shape).to(x.dtype), d_weight, None
 
 
-def _few(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    found = x.numpy()
-    square = np.vecdot(found, found)
-    found = found * (1 / np.sqrt(square / np.float32(found.shape[-1]) + np.float32(eps)))[..., None]
-    found *= weight.detach().numpy()
-    return torch.from_numpy(found)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """See ``reference.rms_norm``."""
-    if is_few(x) and weight.dtype == torch.float32:
-        return _few(x, weight, eps)
     return apply(_RmsNorm, x, weight, eps)

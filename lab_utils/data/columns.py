@@ -186,6 +186,11 @@ def _as_function(tool: Row) -> Row:
     return {**tool, "parameters": {"type": "object", "properties": properties, "required": required}}
 
 
+def family_of(row: Row) -> str:
+    """The task family that a row, in our columns, belongs to; empty where it names none."""
+    return str((row.get("verify") or {}).get("family") or row.get("family") or "")
+
+
 def as_calls(value: Any) -> Any:
     """Tool calls: a list or JSON text of ``{"name", "arguments"}``."""
     calls = _parsed(value, "calls")

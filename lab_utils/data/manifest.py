@@ -29,7 +29,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 
 from lab_utils.data import sources
-from lab_utils.data.columns import COLUMNS, Row, to_ours
+from lab_utils.data.columns import COLUMNS, Row, family_of, to_ours
 from lab_utils.data.row_check import check_row
 from lab_utils.errors import DataError
 from lab_utils.registry import nearest
@@ -290,11 +290,6 @@ class Manifest(Part):
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
         return path
-
-
-def family_of(row: Row) -> str:
-    """The task family of a row; empty where it names none."""
-    return row.get("family") or (row.get("verify") or {}).get("family") or ""
 
 
 def of_source(source: DataSource) -> Manifest:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lab_utils.data.columns import family_of
 from lab_utils.data.manifest import Manifest, load_manifest
 from lab_utils.data.tasks import families
 from lab_utils.errors import DataError
@@ -97,7 +98,7 @@ def load_held_out(spec: str, split: str | None = None, limit: int | None = None)
                 f"{manifest.name}:{chosen}: a question's verify.family is '{wanted}': {nearest(wanted, sorted(known))}."
             )
     return HeldOut(
-        manifest.name, chosen, manifest.format, rows, [family_of(row, manifest.name) for row in rows]
+        manifest.name, chosen, manifest.format, rows, [family_of(row) or manifest.name for row in rows]
     )
 
 
@@ -115,10 +116,6 @@ def load_questions(spec: str, split: str | None = None, limit: int | None = None
     return load_held_out(spec, split, limit).rows
 
 
-def family_of(row: Row, otherwise: str) -> str:
-    return str((row.get("verify") or {}).get("family") or row.get("family") or otherwise)
-
-
 def spread(rows: Iterable[Row], name: str, limit: int | None) -> list[Row]:
     """At most ``limit`` rows, as many of each family as there are, the families in turn."""
     rows = list(rows)
@@ -126,7 +123,7 @@ def spread(rows: Iterable[Row], name: str, limit: int | None) -> list[Row]:
         return rows
     by_family: dict[str, list[Row]] = {}
     for row in rows:
-        by_family.setdefault(family_of(row, name), []).append(row)
+        by_family.setdefault(family_of(row) or name, []).append(row)
     chosen: list[Row] = []
     depth = 0
     while len(chosen) < limit:

@@ -15,6 +15,8 @@ from lab_utils.runs.directory import RunDirectory, find
 
 if TYPE_CHECKING:
     from lab_utils.data.documents import Encoding
+    from lab_utils.recipe import Recipe
+    from lab_utils.runs.api import Run
 
 PREFIXES = ("base:", "preset:", "hf:")
 
@@ -92,6 +94,25 @@ def resolve(text: str | Path) -> Target:
             "path, or see lab runs list."
         )
     return _of_run(find(text))
+
+
+def weights_of(name: Run | str | Path | None, otherwise: Recipe | str = "sft_tiny") -> str:
+    """Weights to start from, as ``model.source`` takes them.
+
+    Args:
+        name: a run, or whatever ``resolve`` takes. None: a finished run of the recipe ``otherwise``, which is made
+            where there is none.
+
+    Raises:
+        LabError: as ``resolve`` and ``runs.api.finished``.
+    """
+    if name is None:
+        from lab_utils.runs.api import finished
+
+        return str(finished(otherwise).weights)
+    text = str(getattr(name, "path", name))
+    # Sources are looked up where the run starts: a cluster may have other models than this machine.
+    return text if text.startswith(PREFIXES) else resolve(text).source
 
 
 def _run_of(checkpoint: Path) -> Path | None:

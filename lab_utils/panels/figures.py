@@ -112,14 +112,7 @@ def overview(metrics: pd.DataFrame, title: str = "") -> Figure:
         metrics: ``Run.metrics()``: one row a logged step, columns as in docs/metrics.md.
         title: usually the run's name.
     """
-    chosen = [panel for name in OVERVIEW for panel in PANELS if panel.title == name]
-    figure, axes = _canvas(3, 3, 11, 7.6)
-    for ax, panel in zip(axes.flat, chosen):
-        draw_panel(ax, metrics, panel)
-    for ax in axes[-1]:
-        ax.set_xlabel("optimizer step")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    return figure
+    return _page(OVERVIEW, metrics, title)
 
 
 def alignment(metrics: pd.DataFrame, kind: str, title: str = "") -> Figure:
@@ -130,10 +123,14 @@ def alignment(metrics: pd.DataFrame, kind: str, title: str = "") -> Figure:
         kind: of the objective: preference, grpo or distill.
         title: usually the run's name.
     """
-    by_title = {panel.title: panel for panel in PANELS}
-    chosen = [by_title[name] for name in ALIGNMENT[kind]]
+    return _page(ALIGNMENT[kind], metrics, title)
+
+
+def _page(titles: Sequence[str], metrics: pd.DataFrame, title: str) -> Figure:
+    """Panels by their titles, three in a row."""
+    chosen = [panel for name in titles for panel in PANELS if panel.title == name]
     rows = len(chosen) // 3
-    figure, axes = _canvas(rows, 3, 11, 2.55 * rows)
+    figure, axes = _canvas(rows, 3, 11, 7.6 / 3 * rows)
     for ax, panel in zip(axes.flat, chosen, strict=True):
         draw_panel(ax, metrics, panel)
     for ax in axes[-1]:

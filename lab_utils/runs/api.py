@@ -344,26 +344,6 @@ def finished(recipe: Recipe | str | Path, *, root: str | Path | None = None) -> 
     return launch(recipe, root=root, wait=True)
 
 
-def weights_of(name: Run | str | Path | None, otherwise: Recipe | str = "sft_tiny") -> str:
-    """Weights to start from, as ``model.source`` takes them.
-
-    Args:
-        name: a run, its name, prefix or path, ``last``; a folder of weights; base:NAME, preset:NAME, hf:ORG/NAME.
-            None: a finished run of the recipe ``otherwise``, which is made where there is none.
-
-    Raises:
-        LabError: no such run, or one without a checkpoint; see ``finished``.
-    """
-    if name is None:
-        return str(finished(otherwise).weights)
-    if isinstance(name, Run):
-        return str(name.weights)
-    text = str(name)
-    if text.partition(":")[0] in ("base", "preset", "hf") or (Path(text) / "config.json").is_file():
-        return text
-    return str(attach(name).weights)
-
-
 def attach(run: str | Path = "last", root: str | Path | None = None) -> Run:
     """A run by name, unique prefix, path, or ``last``, in any process.
 

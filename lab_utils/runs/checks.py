@@ -72,6 +72,35 @@ def check_model(recipe: Recipe) -> None:
         )
 
 
+def check_sources(recipe: Recipe) -> None:
+    """Every folder of weights that the recipe names is there: those to start from, a reference's, the teachers'.
+
+    Models of the hub are left to the machine that runs.
+
+    Raises:
+        RecipeError: an unknown preset or shipped model, or no such folder; the key is named.
+        CheckpointError: a folder without a usable config.json.
+    """
+    from lab_utils.models.load import checkpoint_folder, read_config
+    from lab_utils.models.presets import preset, presets
+
+    objective = recipe.objective
+    named = {"model.source": recipe.model.source}
+    named["objective.reference_source"] = getattr(objective, "reference_source", None)
+    for number, teacher in enumerate(getattr(objective, "teachers", ())):
+        named[f"objective.teachers.{number}.source"] = teacher.source
+    for key, source in named.items():
+        if source is None or source.startswith("hf:"):
+            continue
+        try:
+            if not source.startswith("preset:"):
+                read_config(checkpoint_folder(source))
+            elif source.removeprefix("preset:") not in presets():
+                preset(source.removeprefix("preset:"))
+        except RecipeError as error:
+            raise RecipeError(str(error).replace("model.source", key, 1)) from None
+
+
 def parameters_of(folder: Path) -> int | None:
     """Values in the safetensors files of ``folder``, from their headers; None where there are none."""
     total = 0
@@ -219,6 +248,7 @@ def preflight(recipe: Recipe, root: Path) -> None:
     if recipe.cluster.launcher == "local":
         check_accelerator(recipe)
     check_rollouts(recipe)
+    check_sources(recipe)
     check_model(recipe)
     check_disk(recipe, root)
     check_data(recipe)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from lab_utils.data.columns import family_of
 from lab_utils.data.documents import encoding_of
 from lab_utils.data.loader import build_loader
-from lab_utils.data.manifest import family_of, load_manifest
+from lab_utils.data.manifest import load_manifest
 from lab_utils.data.pairs import load_pairs
 from lab_utils.errors import DataError
 from lab_utils.recipe import Recipe

@@ -10,6 +10,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import load_file
+
 from lab_utils.data.add import add
 from lab_utils.data.manifest import load_manifest
 from lab_utils.recipe import Recipe
@@ -69,3 +72,11 @@ def few(folder: Path, manifest: str, rows: int) -> dict[str, str]:
     chosen = islice(load_manifest(manifest).rows("validation"), rows)
     path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
     return {"manifest": str(add(path, folder=folder).path)}
+
+
+def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
+    """What a run's newest checkpoint holds."""
+    found: dict[str, torch.Tensor] = {}
+    for path in (run.checkpoints()[-1] / "model").glob("*.safetensors"):
+        found |= load_file(path)
+    return found

@@ -7,7 +7,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from feed_jobs import BASE, few, lines, worked
+from feed_jobs import BASE, few, lines, weights, worked
 from safetensors.torch import load_file
 from small_v4 import write_source
 
@@ -58,13 +58,6 @@ LAYOUT_FREE = {
         "schedule": FREE,
     },
 }
-
-
-def weights(run: RunDirectory) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for path in (run.checkpoints()[-1] / "model").glob("*.safetensors"):
-        found |= load_file(path)
-    return found
 
 
 # -- one launch for each number of ranks ---------------------------------------------------------------------------

@@ -8,8 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from feed_jobs import begun, worked
-from safetensors.torch import load_file
+from feed_jobs import begun, weights, worked
 
 pytestmark = pytest.mark.slow
 TREE = {
@@ -44,10 +43,6 @@ def killed_in(root: Path, name: str, log: str) -> bytes:
     return path.read_bytes()
 
 
-def tensors(run) -> dict[str, torch.Tensor]:
-    return load_file(next((run.checkpoints()[-1] / "model").glob("*.safetensors")))
-
-
 def test_a_run_killed_while_it_samples_goes_on_with_the_same_samples(tmp_path):
     log = "round-000001.rank-0.log"
     before = killed_in(tmp_path, "killed", log)
@@ -62,6 +57,6 @@ def test_a_run_killed_while_it_samples_goes_on_with_the_same_samples(tmp_path):
         torch.load(next((run.path / "rollouts").glob("round-000001.*.pt")))["rows"] for run in runs.values()
     ]
     assert torch.equal(rows[0][0]["input_ids"], rows[1][0]["input_ids"])
-    found, expected = (tensors(run) for run in runs.values())
+    found, expected = (weights(run) for run in runs.values())
     for name, tensor in expected.items():
         assert torch.allclose(found[name].float(), tensor.float(), rtol=1e-4, atol=1e-6), name

@@ -5,15 +5,16 @@ import math
 import pytest
 from stand_ins import BENIGN, UNSAFE, answer, question
 
+from lab_utils.data.columns import family_of
 from lab_utils.evaluation import scores as s
 from lab_utils.evaluation import statistics
-from lab_utils.evaluation.held_out import HeldOut, family_of
+from lab_utils.evaluation.held_out import HeldOut
 from lab_utils.evaluation.likelihood import Likelihood, PairLikelihood
 from lab_utils.evaluation.pairwise import exact_verdicts, win_rate
 
 
 def held(*rows, format="prompt", name="set"):
-    return HeldOut(name, "test", format, list(rows), [family_of(row, name) for row in rows])
+    return HeldOut(name, "test", format, list(rows), [family_of(row) or name for row in rows])
 
 
 def pair(chosen, rejected, tokens=(2, 2)):

@@ -162,3 +162,14 @@ def test_the_dense_warm_up_attends_every_entry_in_decoding_too():
         asked, greedy_generate(model, asked, max_new_tokens=16, eos_id=END), strict=True
     ):
         assert answer == whole(model, prompt + answer)[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_streams_that_are_mixed_hard_stay_finite_in_the_step_of_few_calls():
+    model = build(5).eval()
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.attn_hc.base[8:] += 120.0 * torch.eye(4).flatten()  # e^120 is beyond fp32
+    decoding, text = model.start_decoding(), prompts(5, 1)[0]
+    decoding.prefill([text])
+    found = [decoding.step([token]).logits_RV[0] for token in (3, 9, 4)]
+    assert close(torch.stack(found), whole(model, [*text, 3, 9, 4])[-3:], 1e-4)

@@ -322,14 +322,22 @@ def test_a_finished_run_of_the_same_recipe_is_taken_again(tmp_path, recipe, monk
     assert launched == [(other, {"root": tmp_path, "wait": True})]
 
 
-def test_weights_to_start_from_are_named_in_many_ways(tmp_path, recipe, monkeypatch):
-    monkeypatch.setenv("ASCENT_RUNS", str(tmp_path))
-    run = succeeded(recipe, tmp_path)
-    for name in (run, run.name, run.path, "last", "trial"):
-        assert api.weights_of(name) == str(run.weights)
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").touch()
-    for source in ("base:tiny", "hf:org/name", str(tmp_path / "model")):
-        assert api.weights_of(source) == source
-    with pytest.raises(RunError):
-        api.weights_of("nobody")
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"model.source": "/no/where"}, r"^model\.source: '/no/where' is no folder"),
+        ({"model.source": "preset:tyni"}, r"^model\.source: there is no preset 'tyni'.*tiny"),
+        (
+            {"objective": {"kind": "distill", "teachers": [{"source": "base:huge"}]}},
+            r"^objective\.teachers\.0\.source: no model 'huge' ships",
+        ),
+        (
+            {"objective": {"kind": "preference", "reference_source": "gone"}},
+            r"^objective\.reference_source: 'gone' is no folder",
+        ),
+    ],
+)
+def test_weights_that_are_not_there_are_refused_before_the_start(recipe, changes, says):
+    with pytest.raises(RecipeError, match=says):
+        checks.check_sources(recipe.with_changes(changes))
+    checks.check_sources(recipe.with_changes({"model.source": "base:tiny"}))

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from lab_utils.data.columns import family_of
 from lab_utils.data.rows import PackedRows
 from lab_utils.engine.feeds import Feed
 from lab_utils.engine.feeds._pack import Text
@@ -56,7 +57,7 @@ class OnPolicy(Taught, Rounds):
         ]
 
     def _text(self, group: Group, sample: Any) -> Text:
-        family = (group.row.get("verify") or {}).get("family", group.row.get("family"))
+        family = family_of(group.row)
         teacher = self.teachers.of(family, group.row.get("manifest"))
         if teacher is None:
             raise DataError(

@@ -28,9 +28,8 @@ if TYPE_CHECKING:
     from lab_utils.models.deepseek_v4.moe import MoE
 
 Array = NDArray[np.float32]
-LOOPED = (
-    1 << 18
-)  # elements of an expert's weight up to which a loop over the experts at work beats a grouped product
+# Elements of an expert's weight up to which a loop over the experts at work beats a grouped product.
+LOOPED = 1 << 18
 f32 = np.float32
 
 
@@ -64,7 +63,7 @@ class CpuStep:
 
 
 class _Now:
-    """What the layers read of a step, as arrays."""
+    """What the layers read of a step, as arrays; what ``Step`` doesn't keep is made once here."""
 
     def __init__(self, step: Step) -> None:
         self.step, self._made = step, {}
@@ -79,12 +78,10 @@ class _Now:
         return self._once(("place", ring), lambda: self.position_R % ring)
 
     def bias(self, window: int, rate: int | None, columns: int) -> Array:
-        return self._once(
-            ("bias", window, rate, columns), lambda: self.step.bias(window, rate, columns).numpy()
-        )
+        return self.step.bias(window, rate, columns).numpy()
 
     def hidden(self, rate: int, entries: int) -> NDArray:
-        return self._once(("hidden", rate, entries), lambda: self.step.hidden(rate, entries).numpy())
+        return self.step.hidden(rate, entries).numpy()
 
     def closing(self, rate: int, overlap: bool) -> _Closing | None:
         def make() -> _Closing | None:
@@ -157,8 +154,7 @@ class _Connection:
         z *= self.factor
         z += self.base
         gates = torch.sigmoid(torch.from_numpy(z[: 2 * n])).numpy().T
-        comb = np.exp(z[2 * n :]).reshape(n, n, R)
-        comb /= np.add.reduce(comb, 1, keepdims=True)
+        comb = torch.from_numpy(z[2 * n :].reshape(n, n, R)).softmax(1).numpy()
         comb += self.eps
         for dim in self.dims:
             comb /= np.add.reduce(comb, dim, keepdims=True, initial=self.eps)

@@ -43,9 +43,8 @@ class DeepseekV4Decoding:
         self.model = model
         self.stage: Stage | None = getattr(model, "stage", None)
         self.held = [i for start, stop in self._ranges() for i in range(start, stop)]
-        self.like = model.model.layers[
-            self.held[0]
-        ].self_attn.kv_norm.weight  # of the streams' dtype and device
+        # Of the streams' dtype and device; in a pipeline, the other stages' weights are not there.
+        self.like = model.model.layers[self.held[0]].self_attn.kv_norm.weight
         self.lengths: list[int] = []
         self.capacity = 0
         self.layers: dict = {}
