@@ -35,7 +35,13 @@ from lab_utils.registry import load as load_member
 from lab_utils.registry import members, nearest
 
 OBJECTIVES = ("sft", "preference", "reward", "grpo", "distill")
-UNHASHED = ("name", "tracking", "schedule.async_save")  # dotted keys of what changes no result
+UNHASHED = (
+    "name",
+    "tracking",
+    "schedule.async_save",
+    "cluster.launcher",
+    "cluster.options",
+)  # dotted keys of what changes no result
 
 
 class Recipe(Section):
@@ -178,7 +184,7 @@ class Recipe(Section):
         Raises:
             LayoutError: ranks, batch and rows do not divide; the message names the knob.
         """
-        world = self.cluster.nproc if world_size is None else world_size
+        world = self.cluster.world_size if world_size is None else world_size
         parallel, rows, T = self.parallel, self.rows_per_step, self.data.row_tokens
         if world % parallel.pp:
             raise LayoutError(

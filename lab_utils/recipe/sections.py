@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -157,8 +157,17 @@ class ClusterSection(Section):
         "auto", description="Device kind; auto = best found."
     )
     launcher: str = Field("local", description="How the job is started: a member of lab_utils/launchers.")
+    nodes: int = Field(1, ge=1, description="Machines that the job runs on; more than one needs a scheduler.")
     nproc: int = Field(1, ge=1, description="Ranks on a node: one per device (910C: one per die).")
     threads: int | None = Field(None, ge=1, description="CPU threads a rank; absent: cores ÷ ranks.")
+    options: dict[str, Any] = Field(
+        {}, description="The launcher's own settings, as a partition or an image: lab render --options NAME lists them."
+    )
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of the whole job."""
+        return self.nodes * self.nproc
 
 
 class TrackingSection(Section):

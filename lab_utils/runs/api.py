@@ -154,7 +154,7 @@ class Run:
             "error": status["error"],
             "recipe": recipe.name,
             "recipe_hash": recipe.hash,
-            "ranks": status.get("world_size") or recipe.cluster.nproc,
+            "ranks": status.get("world_size") or recipe.cluster.world_size,
             "launcher": status.get("launcher"),
             "job": status.get("job"),
             "created": status.get("created"),

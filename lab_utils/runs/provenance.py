@@ -99,7 +99,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.name,
         "recipe_hash": recipe.hash,
         "layout": {
-            "ranks": recipe.cluster.nproc,
+            "ranks": recipe.cluster.world_size,
             "dp": dp,
             "micro_rows": micro_rows,
             "accumulation": accumulation,
