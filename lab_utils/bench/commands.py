@@ -86,8 +86,9 @@ def step(
 def generate(
     source: str = typer.Option("base:tiny", help="The model."),
     batches: str = typer.Option("1,8,32", help="Prompts answered together, separated by commas."),
-    prompt_tokens: int = typer.Option(64, min=1, help="Tokens of a prompt."),
-    new_tokens: int = typer.Option(64, min=1, help="Tokens of an answer."),
+    lengths: str = typer.Option(
+        "64+64,512+128", help="Tokens of a prompt + of its answer, separated by commas."
+    ),
     rounds: int = typer.Option(3, min=1, help="How often both are measured in turn."),
     threads: int = typer.Option(None, min=1, help="CPU threads; absent: torch's choice."),
     device: str = typer.Option("cpu", help="cpu or cuda."),
@@ -102,20 +103,28 @@ def generate(
         sizes = tuple(int(batch) for batch in batches.split(","))
     except ValueError:
         raise RecipeError(f"--batches {batches}: expected numbers, as in 1,8,32.") from None
+    try:
+        pairs = tuple(
+            (int(prompt), int(new)) for prompt, new in (pair.split("+") for pair in lengths.split(","))
+        )
+    except ValueError:
+        raise RecipeError(
+            f"--lengths {lengths}: expected PROMPT+ANSWER in tokens, as in 64+64,512+128."
+        ) from None
     found = bench_generate(
         source,
         sizes,
-        prompt_tokens=prompt_tokens,
-        new_tokens=new_tokens,
+        pairs,
         rounds=rounds,
         threads=threads,
         device=device,
         dtype=dtype,
-        on_row=lambda row: say(f"measured batch {row['batch']}"),
+        on_row=lambda row: say(f"measured {row['lengths']}, batch {row['batch']}"),
     )
-    columns = ["batch", "ours tok/s", "peer tok/s", "ratio", "same answers %"]
+    columns = ["prompt + answer", "batch", "ours tok/s", "peer tok/s", "ratio", "same answers %"]
     drawn = [
         (
+            row["lengths"],
             str(row["batch"]),
             f"{row['ours_tokens_per_s']:,.0f}",
             f"{row['peer_tokens_per_s']:,.0f}",
@@ -124,7 +133,7 @@ def generate(
         )
         for row in found
     ]
-    title = f"Greedy decoding, {source}, {dtype} on {device}, {prompt_tokens} + {new_tokens} tokens"
+    title = f"Greedy decoding, {source}, {dtype} on {device}"
     emit(found, as_json, lambda: table(title, columns, drawn, right=columns))
 
 

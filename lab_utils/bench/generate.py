@@ -11,18 +11,19 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 BATCHES = (1, 8, 32)
+LENGTHS = ((64, 64), (512, 128))  # a short question; one with a document or some turns before it
 
 
 def bench_generate(
     source: str = "base:tiny",
     batches: tuple[int, ...] = BATCHES,
+    lengths: tuple[tuple[int, int], ...] = LENGTHS,
     *,
-    prompt_tokens: int = 64,
-    new_tokens: int = 64,
     rounds: int = 3,
     threads: int | None = None,
     device: str = "cpu",
@@ -34,7 +35,7 @@ def bench_generate(
     Args:
         source: a model as recipes name it.
         batches: prompts answered together.
-        prompt_tokens, new_tokens: of each prompt (random ids) and each answer (no end token).
+        lengths: tokens of each prompt (random ids) and of each answer (no end token).
         rounds: how often the two are measured in turn; speeds are medians.
         threads: CPU threads; absent: torch's own choice.
         device: ``cpu`` or ``cuda``.
@@ -42,8 +43,8 @@ def bench_generate(
         on_row: called with each finished row, for progress.
 
     Returns:
-        Rows of ``batch``, ``ours_tokens_per_s``, ``peer_tokens_per_s``, ``ratio`` and ``same_tokens``, the share of
-        answers that both give alike: rounding may choose between two logits that are all but equal.
+        Rows of ``lengths``, ``batch``, ``ours_tokens_per_s``, ``peer_tokens_per_s``, ``ratio`` and ``same_tokens``, the
+        share of answers that both give alike: rounding may choose between two logits that are all but equal.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -61,50 +62,44 @@ def bench_generate(
     peer = peer.to(device).eval()
     peer.generation_config.eos_token_id = None
 
-    def ours(prompts: list[list[int]]) -> list[list[int]]:
-        return greedy_generate(model, prompts, max_new_tokens=new_tokens, eos_id=-1)
+    def ours(prompts: list[list[int]], new: int) -> list[list[int]]:
+        return greedy_generate(model, prompts, max_new_tokens=new, eos_id=-1)
 
-    def theirs(prompts: list[list[int]]) -> list[list[int]]:
+    def theirs(prompts: list[list[int]], new: int) -> list[list[int]]:
         ids = torch.tensor(prompts, device=device)
-        options = {
-            "max_new_tokens": new_tokens,
-            "min_new_tokens": new_tokens,
-            "do_sample": False,
-            "pad_token_id": 0,
-        }
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
         with torch.no_grad():
-            return peer.generate(ids, attention_mask=torch.ones_like(ids), **options)[
-                :, prompt_tokens:
-            ].tolist()
+            found = peer.generate(ids, attention_mask=torch.ones_like(ids), **options)
+        return found[:, len(prompts[0]) :].tolist()
 
     draw = torch.Generator().manual_seed(0)
     rows = []
-    for batch in batches:
-        prompts = torch.randint(2, model.config.vocab_size, (batch, prompt_tokens), generator=draw).tolist()
-        answers = [ours(prompts), theirs(prompts)]  # and both are warm
-        timed = [[_seconds(side, prompts, device) for side in (ours, theirs)] for _ in range(rounds)]
+    for (length, new), batch in product(lengths, batches):
+        prompts = torch.randint(2, model.config.vocab_size, (batch, length), generator=draw).tolist()
+        answers = [ours(prompts, new), theirs(prompts, new)]  # and both are warm
+        timed = [[_seconds(side, prompts, new, device) for side in (ours, theirs)] for _ in range(rounds)]
         seconds = [statistics.median(side) for side in zip(*timed, strict=True)]
-        speeds = [batch * new_tokens / each for each in seconds]
+        speeds = [batch * new / each for each in seconds]
         same = sum(a == b for a, b in zip(*answers, strict=True)) / batch
-        rows.append(
-            {
-                "batch": batch,
-                "ours_tokens_per_s": speeds[0],
-                "peer_tokens_per_s": speeds[1],
-                "ratio": speeds[0] / speeds[1],
-                "same_tokens": same,
-            }
-        )
+        row = {
+            "lengths": f"{length} + {new}",
+            "batch": batch,
+            "ours_tokens_per_s": speeds[0],
+            "peer_tokens_per_s": speeds[1],
+            "ratio": speeds[0] / speeds[1],
+            "same_tokens": same,
+        }
+        rows.append(row)
         if on_row:
-            on_row(rows[-1])
+            on_row(row)
     return rows
 
 
-def _seconds(side: Callable[[list[list[int]]], Any], prompts: list[list[int]], device: str) -> float:
+def _seconds(side: Callable[..., Any], prompts: list[list[int]], new: int, device: str) -> float:
     import torch
 
     start = time.perf_counter()
-    side(prompts)
+    side(prompts, new)
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - start

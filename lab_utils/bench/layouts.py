@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lab_utils.errors import LayoutError, RunError
+from lab_utils.launchers._forked import command
 from lab_utils.planner.layouts import layout_names
 from lab_utils.recipe import Recipe
 from lab_utils.registry import nearest
@@ -139,9 +140,8 @@ def _job(world: int, module: str, options: dict[str, Any]) -> None:
     path = Path(options["folder"]) / "options.json"
     path.write_text(json.dumps(options))
     threads = str(max(1, (os.cpu_count() or 1) // world))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
     done = subprocess.run(
-        [*command, *([module] if module.endswith(".py") else ["-m", module]), str(path)],
+        command(world, module, str(path)),
         env={**os.environ, "OMP_NUM_THREADS": threads, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,

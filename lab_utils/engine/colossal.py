@@ -14,6 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
@@ -28,29 +29,50 @@ from lab_utils.recipe import ParallelSection
 
 @contextmanager
 def _stand_ins() -> Iterator[None]:
-    """Defect: ``nn/optimizer/__init__.py`` imports galore_torch and bitsandbytes whether or not GaLore is used.
+    """Defect: adapters and quantised optimizers are imported whether or not they are used: peft by ``checkpoint_io/
+    utils.py`` and the plugins (half of a rank's start-up), galore_torch and bitsandbytes by ``nn/optimizer``.
 
     Empty classes take their place for the time of the import and go again, so that nobody else finds them.
     """
+    from transformers.utils import is_peft_available
+
+    is_peft_available()  # asked and remembered before there is a stand-in to be found
     absent = {
+        "peft": ("PeftModel", "PeftType", "get_peft_model"),
+        "peft.utils": (),
+        "peft.utils.other": ("EMBEDDING_LAYER_NAMES", "check_file_exists_on_hf_hub"),
+        "peft.utils.save_and_load": ("get_embedding_layer_name", "has_valid_embedding_base_layer"),
         "galore_torch": ("GaLoreAdafactor", "GaLoreAdamW"),
         "bitsandbytes": (),
         "bitsandbytes.optim": (),
         "bitsandbytes.optim.optimizer": ("Optimizer2State",),
     }
-    added = []
+    before = {name: sys.modules.get(name) for name in absent}
     for name, classes in absent.items():
-        if name.split(".")[0] in added or importlib.util.find_spec(name.split(".")[0]) is None:
-            module = ModuleType(name)
-            for cls in classes:
-                setattr(module, cls, type(cls, (), {}))
-            sys.modules[name] = module
-            added.append(name)
+        sys.modules[name] = module = ModuleType(name)
+        module.__spec__ = ModuleSpec(name, None)
+        for cls in classes:
+            setattr(module, cls, type(cls, (), {}))
     try:
         yield
     finally:
-        for name in added:
-            sys.modules.pop(name, None)
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+@contextmanager
+def _nothing_compiled() -> Iterator[None]:
+    """Defect: ``quantization/fp8.py`` and ``shardformer/layer/attn.py`` compile helpers as they are imported, which
+    loads the whole of inductor; nobody here calls them."""
+    real = torch.compile
+    torch.compile = lambda model=None, **options: model if model is not None else lambda function: function
+    try:
+        yield
+    finally:
+        torch.compile = real
 
 
 def _has_no_hccl() -> bool:
@@ -61,7 +83,7 @@ def _has_no_hccl() -> bool:
 if not hasattr(dist, "is_hccl_available"):
     dist.is_hccl_available = _has_no_hccl
 
-with _stand_ins(), warnings.catch_warnings():
+with _stand_ins(), _nothing_compiled(), warnings.catch_warnings():
     warnings.simplefilter("ignore")  # apex, tensornvme and flash-attention are absent on purpose
     import colossalai
     from colossalai.accelerator import CpuAccelerator, set_accelerator

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from safetensors.torch import load_file
 
 from lab_utils.data.add import add
 from lab_utils.data.manifest import load_manifest
+from lab_utils.launchers._forked import command
 from lab_utils.recipe import Recipe
 from lab_utils.runs.directory import RunDirectory
 
@@ -38,9 +38,8 @@ def begun(root: Path, trees: dict[str, dict[str, Any]], ranks: int = 1) -> subpr
         recipe = Recipe.parse({**BASE, **tree}).with_changes({"cluster.nproc": ranks})
         (folder / "recipe.yaml").write_text(recipe.to_yaml())
         RunDirectory(folder).write_status(state="created")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return subprocess.Popen(
-        [*command, str(Path(__file__).with_name("feed_runs.py")), str(root), *trees],
+        command(ranks, str(Path(__file__).with_name("feed_runs.py")), str(root), *trees),
         env={
             **os.environ,
             "OMP_NUM_THREADS": "1",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from lab_utils.launchers._forked import command
 
 HERE = Path(__file__).parent
 
@@ -16,9 +17,8 @@ HERE = Path(__file__).parent
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_saved_under_each_layout_resumed_under_each(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=4"]
     done = subprocess.run(
-        [*command, str(HERE / "resume_matrix.py"), str(tmp_path)],
+        command(4, str(HERE / "resume_matrix.py"), str(tmp_path)),
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from lab_utils.launchers._forked import command
 
 pytestmark = pytest.mark.slow  # real processes: minutes
 
@@ -26,9 +27,8 @@ def launch(ranks: int, folder: Path, *trials: str) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(HERE.parents[1]), str(HERE)]),
         "ASCENT_CACHE": str(folder.parent / "cache"),
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [*command, str(HERE / "trials.py"), str(folder), *trials],
+        command(ranks, str(HERE / "trials.py"), str(folder), *trials),
         env=environment,
         capture_output=True,
         text=True,
