@@ -2,6 +2,7 @@
 #   make demo   post-train the shipped base model, from a notebook (the main job)
 #   make test   every test;  make check  the quick ones (under 5 minutes)
 #   make lab    JupyterLab on notebooks/;  make lint  format and contracts;  make lock  resolve the pins again
+#   make hooks  once per clone: notebooks without outputs, readable diffs
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -35,7 +36,7 @@ check: $(STAMP)
 	$(BIN)/python -m pytest tests -m "not slow"
 
 lab: $(STAMP)
-	$(BIN)/jupyter lab --notebook-dir=notebooks --ip=127.0.0.1 --LabApp.news_url=None \
+	$(BIN)/jupyter lab --notebook-dir=notebooks --ip=127.0.0.1 --KernelManager.transport=ipc --LabApp.news_url=None \
 	    --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate --LabApp.extension_manager=readonly
 
 lint: $(STAMP)
@@ -53,9 +54,16 @@ lock:
 	.venv-lock/bin/python tools/lock.py
 	rm -rf .venv-lock
 
-# Once per clone: notebooks are stripped of their outputs as they are committed.
+# Once per clone: notebooks are stripped of their outputs as they are committed, and compared and merged cell by cell.
+# .gitattributes says which files; here is what the names in it mean, by absolute path: git runs outside of the .venv.
 hooks: $(STAMP)
-	$(BIN)/nbstripout --install
+	-$(BIN)/nbstripout --uninstall 2>/dev/null
+	git config filter.nbstripout.clean '"$(abspath $(BIN))/nbstripout"'
+	git config filter.nbstripout.smudge cat
+	git config diff.jupyternotebook.command '"$(abspath $(BIN))/git-nbdiffdriver" diff --use-filter --ignore-id'
+	git config merge.jupyternotebook.name 'notebooks, cell by cell'
+	git config merge.jupyternotebook.driver '"$(abspath $(BIN))/git-nbmergedriver" merge %O %A %B %L %P'
+	@echo 'notebooks: stripped when committed; git diff and git merge know cells (git diff --no-ext-diff shows JSON)'
 
 clean:
 	rm -rf $(VENV) .venv-lock build *.egg-info

@@ -17,6 +17,8 @@ from lab_utils.errors import LabError
 VERBS = {
     "run": ("lab_utils.runs.commands", "run_command"),
     "runs": ("lab_utils.runs.commands", "app"),
+    "render": ("lab_utils.launchers._commands", "render"),
+    "card": ("lab_utils.runs.card_command", "card"),
     "recipe": ("lab_utils.recipes._commands", "app"),
     "data": ("lab_utils.data.commands", "app"),
     "model": ("lab_utils.models.commands", "app"),
@@ -28,6 +30,10 @@ VERBS = {
     "verify": ("lab_utils.bench.verify_commands", "app"),
     "kernels": ("lab_utils.bench.kernels_commands", "app"),
     "notebook": ("lab_utils.panels.commands", "notebook"),
+    "kernelspec": ("lab_utils.panels.kernelspec", "app"),
+    "doctor": ("lab_utils.doctor.commands", "doctor"),
+    "chips": ("lab_utils.telemetry.commands", "chips"),
+    "wandb": ("lab_utils.telemetry.commands", "wandb"),
 }
 
 app = typer.Typer(
@@ -35,6 +41,8 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
+    rich_markup_mode=None,  # help in plain text: rich would cost more than all the rest of the start
+    context_settings={"max_content_width": 120},
 )
 
 

@@ -13,13 +13,37 @@ def lab(*words: str, check: bool = False) -> subprocess.CompletedProcess:
     return done
 
 
-@pytest.mark.parametrize("statement", ["import lab_utils", "import lab_utils.cli; lab_utils.cli._mount()"])
-def test_start_up_imports_neither_torch_nor_colossalai(statement):
-    code = (
-        f"import sys; {statement}; print([m for m in ('torch', 'colossalai', 'pandas') if m in sys.modules])"
-    )
+# What costs seconds, or a tenth of one: a start that has none of these takes a fraction of a second anywhere, and a
+# test of the time itself would fail on a busy machine.
+HEAVY = (
+    "torch",
+    "colossalai",
+    "transformers",
+    "numpy",
+    "pandas",
+    "matplotlib",
+    "wandb",
+    "IPython",
+    "ipywidgets",
+)
+ALSO_SLOW = ("pydantic", "yaml", "psutil", "rich.console", "jupyter_client")
+HELP = "import sys; sys.argv = ['lab', '--help']; import lab_utils.cli as c; c._mount(); c.app(standalone_mode=False)"
+
+
+@pytest.mark.parametrize(
+    "statement",
+    ["import lab_utils", "import lab_utils.cli; lab_utils.cli._mount()", HELP],
+    ids=["import", "mount", "help"],
+)
+def test_start_up_imports_nothing_heavy(statement):
+    code = f"import json, sys; {statement}; print(json.dumps([m for m in {HEAVY + ALSO_SLOW} if m in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_help_is_plain_text_with_the_first_sentence_of_each_verb():
+    text = lab("card", "--help", check=True).stdout
+    assert "Make the card of a run" in text and "--json" in text and "╭" not in text
 
 
 def test_help_names_every_verb():

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab_utils.errors import LayoutError, RecipeError
+from lab_utils.launchers._base import options_of
 from lab_utils.recipe import Recipe, parse_changes
-from lab_utils.recipe.recipe import _keys
+from lab_utils.recipe.recipe import _keys, takes_samples
 from lab_utils.registry import members
 
 
@@ -178,8 +179,12 @@ GUIDES = [p for p in sorted((Path(__file__).parents[1] / "docs").glob("*.md")) i
 def test_recipes_and_keys_in_the_docs_are_of_this_version(page):
     text = page.read_text(encoding="utf-8")
     for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL):
-        recipe = Recipe.parse(yaml.safe_load(block), page.name)
-        recipe.layout()
+        # A page may show some sections alone.
+        tree = {"data": {"train": [{"manifest": "none"}]}, **yaml.safe_load(block)}
+        recipe = Recipe.parse(tree, page.name)
+        options_of(recipe)
+        if "schedule" in tree:
+            recipe.layout()
     sections = "|".join(name for name in Recipe.model_fields if name not in ("name", "seed", "model"))
     known = _keys(Recipe)
     for key in re.findall(rf"`((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)", text):
@@ -189,3 +194,29 @@ def test_recipes_and_keys_in_the_docs_are_of_this_version(page):
 def test_a_reward_model_with_token_prediction_is_refused(recipe):
     with pytest.raises(RecipeError, match=r"mtp_loss=0\.1 predicts tokens, and a reward model"):
         recipe.with_changes({"objective": {"kind": "reward"}, "model.mtp_loss": 0.1})
+
+
+def test_every_problem_of_a_tree_is_named_by_its_key_unknown_ones_first():
+    tree = {
+        "data": {"train": [{"manifesto": "x"}]},
+        "optim": {"lr": -1},
+        "objective": {"kind": "grpo", "clip_low": 2},
+    }
+    found = Recipe.problems(tree)
+    assert [key for key, _ in found] == [
+        "data.train.0.manifesto",
+        "data.train.0.manifest",
+        "objective.clip_low",
+        "optim.lr",
+    ]
+    assert "did you mean 'manifest'?" in found[0][1] and all("\n" not in text for _, text in found)
+    assert Recipe.problems({"data": {"train": [{"manifest": "x"}]}}) == []
+
+
+@pytest.mark.parametrize(
+    "objective", [{"kind": "grpo"}, {"kind": "distill", "on_policy": False}, {"kind": "sft"}, {}]
+)
+def test_rollout_is_there_where_the_objective_takes_samples(objective):
+    teachers = {"teachers": [{"source": "base:tiny"}]} if objective.get("kind") == "distill" else {}
+    tree = {"data": {"train": [{"manifest": "x"}]}, "objective": objective | teachers}
+    assert (Recipe.parse(tree).rollout is not None) == takes_samples(objective)

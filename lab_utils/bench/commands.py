@@ -200,3 +200,51 @@ def quality(
     ]
     columns = ["trained by", "exact match %", "tokens", "seconds"]
     emit(result, as_json, lambda: table(f"Quality after {recipe}", columns, rows, right=columns[1:]))
+
+
+@app.command()
+def live(
+    minutes: float = typer.Option(10.0, min=0.1, help="How long the view is watched."),
+    nodes: int = typer.Option(128, min=1, help="Nodes of the run that is played."),
+    chips: int = typer.Option(16, min=1, help="Chips of a node."),
+    steps: int = typer.Option(10_000, min=1, help="Steps that are logged before the view is opened."),
+    step_seconds: float = typer.Option(3.0, min=0.1, help="Seconds between steps."),
+    chip_seconds: float = typer.Option(2.0, min=0.1, help="Seconds between samples of a node."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """What a live view of a large run costs its kernel; the run is a stand-in, played at the real rate."""
+    from lab_utils.bench.live import bench_live
+
+    found = bench_live(
+        minutes,
+        nodes=nodes,
+        chips=chips,
+        steps=steps,
+        step_seconds=step_seconds,
+        chip_seconds=chip_seconds,
+        say=say,
+    )
+    update, memory = found["update_ms"], found["rss_mib"]
+    rows = [
+        ("kernel's processor", f"{found['cpu_percent']:.1f} % of a core"),
+        (
+            "its memory",
+            f"{memory[0]:.0f} → {memory[1]:.0f} MiB, {found['growth_mib_a_minute']:+.2f} MiB a minute",
+        ),
+        (
+            "an update",
+            f"{update['mean']:.0f} ms, 99 % within {update['p99']:.0f}, longest {update['longest']:.0f}",
+        ),
+        ("longest update's processor time", f"{update['longest_of_processor']:.0f} ms"),
+        ("updates", f"{found['updates']:,}"),
+        ("sent to the browser", f"{found['kib_a_s']:.1f} KiB/s in {found['messages_a_s']:.1f} messages/s"),
+        (
+            "first look",
+            f"caught up after {found['caught_up_s']:.1f} s, {found['open_s']:.1f} of them to open",
+        ),
+        ("longest update until then", f"{found['longest_while_catching_up_ms']:.0f} ms"),
+    ]
+    title = (
+        f"A live view of {nodes * chips:,} chips (stand-in data), {minutes:g} minutes, {steps:,} steps before"
+    )
+    emit(found, as_json, lambda: table(title, ["", ""], rows))

@@ -109,34 +109,15 @@ def preview(
     as_json: bool = Json,
 ) -> None:
     """Rows as the model sees them; what bears loss is green, special tokens are magenta."""
-    from itertools import islice
-
     from lab_utils.data.manifest import load_manifest
+    from lab_utils.data.preview import rows_as_seen
 
     manifest = load_manifest(name)
     how = _encoding(tokenizer, mode, keep_thinking, encoding)
     shown = []
-    for place, row in islice(manifest.located_rows(split), start - 1, start - 1 + rows):
-        if manifest.format == "text":
-            parts = {"text": [{"text": row["text"], "supervised": True, "markup": False}]}
-            tokens = len(how.tokenizer.encode(row["text"])) + 2
-        else:
-            if manifest.format == "preference":
-                from lab_utils.data.pairs import answer_segments  # here: it brings torch along
-
-                encoded = {
-                    side: answer_segments(row["prompt"], row[side], row.get("tools"), how, place)
-                    for side in ("chosen", "rejected")
-                }
-            else:
-                encoded = {
-                    "messages": how.segments(
-                        row["messages"], row.get("tools"), prompt=manifest.format == "prompt"
-                    )
-                }
-            tokens = sum(len(how.tokens(segments)[0]) for segments in encoded.values())
-            parts = {side: [vars(s) for s in segments] for side, segments in encoded.items()}
-        shown.append({"place": place, "tokens": tokens, **parts})
+    for row in rows_as_seen(manifest, split, how, start=start, rows=rows):
+        parts = {side: [vars(s) for s in segments] for side, segments in row.parts.items()}
+        shown.append({"place": row.place, "tokens": row.tokens, **parts})
     if not shown:
         raise DataError(f"{name}: split {split} has no row {start}.")
     emit(shown, as_json, lambda: _print_rows(shown))

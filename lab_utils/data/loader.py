@@ -138,6 +138,13 @@ class PackedLoader:
         """The documents of all sources, each once, without their weights."""
         return Joined(self._sources)
 
+    def census(self) -> list[dict[str, int]]:
+        """Units (documents, or pairs) and tokens of each source, each once, without its weight."""
+        return [
+            {"units": len(source), "tokens": int(lengths.sum())}
+            for source, lengths in zip(self._sources, self._lengths)
+        ]
+
     @property
     def rows_per_epoch(self) -> int:
         """Rows of the epoch that the loader stands in."""

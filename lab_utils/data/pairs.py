@@ -11,13 +11,14 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain, groupby, pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from lab_utils.data.answers import answer_segments
 from lab_utils.data.documents import Document, Documents, Encoded, Encoding, encoding_of, load_stored
 from lab_utils.data.loader import Joined, PackedLoader, loader_options
 from lab_utils.data.manifest import Manifest, of_source
@@ -212,35 +213,6 @@ def answer_document(
     """A conversation as one document, with loss on ``answer``. Raises: as ``answer_segments``."""
     ids, bears = encoding.tokens(answer_segments(prompt, answer, tools, encoding, source))
     return Document(ids, [float(each) for each in bears], source)
-
-
-def answer_segments(
-    prompt: list[dict[str, Any]],
-    answer: list[dict[str, Any]],
-    tools: Any,
-    encoding: Encoding,
-    source: str = "",
-) -> list[Any]:
-    """Segments of a conversation, with loss on ``answer`` and not on what the assistant says in ``prompt``.
-
-    Raises:
-        DataError: it cannot be told where the answer begins, as a turn between two of the assistant's is dropped.
-    """
-    segments, runs = [], 0
-    earlier, later = (sum(m["role"] == "assistant" for m in part) for part in (prompt, answer))
-    # Whatever the encoding makes of a turn, each of the assistant's is one stretch with loss.
-    for supervised, run in groupby(
-        encoding.segments([*prompt, *answer], tools, prompt=False), key=lambda s: s.supervised
-    ):
-        runs += supervised
-        bears = supervised and runs > earlier
-        segments += [replace(segment, supervised=bears) for segment in run]
-    if runs != earlier + later:
-        raise DataError(
-            f"{source or 'A row'}: expected {earlier + later} turns of the assistant in the encoded text, found "
-            f"{runs}: take out the developer message between two of them, or set data.drop_thinking=false."
-        )
-    return segments
 
 
 def _stream(manifest: Manifest, split: str, encoding: Encoding, *, mismatched: bool) -> Encoded:

@@ -6,6 +6,8 @@ gradient, so only its own loss moves it.
 
 from __future__ import annotations
 
+import contextlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,22 @@ INDEXER = ".indexer."
 
 
 def audit(run_dir: Any) -> dict[str, Any]:
-    """Compare the newest checkpoint of a run with the weights that its recipe starts from.
+    """Compare the newest checkpoint of a run with the weights that its recipe starts from: see ``measure``.
+
+    The report is kept as audit.json in the run directory, where it can be written, and the run card is made again.
+    """
+    from lab_utils.runs import card
+    from lab_utils.runs.directory import RunDirectory, write_atomic
+
+    report = measure(run_dir)
+    with contextlib.suppress(OSError):
+        write_atomic(Path(run_dir.path) / "audit.json", json.dumps(report, indent=1))
+        card.refresh(RunDirectory(run_dir.path))
+    return report
+
+
+def measure(run_dir: Any) -> dict[str, Any]:
+    """How far every tensor of the newest checkpoint is from the weights that the recipe starts from.
 
     Trained tensors are compared by their fp32 masters, so that a change too small for bf16 counts as what it is.
 

@@ -10,7 +10,7 @@ def audit(
     json: bool = typer.Option(False, "--json", help="Print JSON."),
     all_tensors: bool = typer.Option(False, "--all", help="List every tensor, not only the extremes."),
 ) -> None:
-    """Measure which tensors training changed, and by how much."""
+    """Measure which tensors training changed, and by how much: audit.json, and a line in the run card."""
     from lab_utils.console import emit
     from lab_utils.engine.audit import audit as measure
     from lab_utils.runs.directory import find

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from lab_utils.accelerators import Accelerator
-from lab_utils.engine import checkpoint, colossal
+from lab_utils.engine import checkpoint, colossal, facts
 from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
 from lab_utils.engine.feeds import feed_of
@@ -132,8 +132,9 @@ class Engine:
         peak = self.accelerator.peak(recipe.model.dtype) if self.rank == 0 else None
         self.peak = gather_objects(peak)[0]  # measured by one rank while the others wait
         self.window = Window(self.device, self.world, self.peak.flops)
-        if self.rank == 0:
+        if self._tells:
             self.parts.telemetry.open(self.run_dir, recipe, self.accelerator, self.peak)
+        if self.rank == 0:
             for problem in broken:
                 self.parts.telemetry.event("checkpoint_skipped", problem)
         self.feed = feed_of(self)
@@ -141,6 +142,7 @@ class Engine:
             self._resume(found)
             if self.rank == 0:
                 self.parts.telemetry.event("resumed", f"from {found.name}")
+        facts.record(self)
         self._status(state="running", world_size=self.world)
 
     # -- one step -----------------------------------------------------------------------------------------------------
@@ -262,9 +264,14 @@ class Engine:
         if not (last or _due(step, self.recipe.tracking.log_every)):
             return
         values = self.window.close()
-        if self.rank == 0:
+        if self._tells:
             self.parts.telemetry.log(step, {**values, **self._standing()})
             self._status()
+
+    @property
+    def _tells(self) -> bool:
+        """Whether this rank has anything to tell: the run's first rank, and the first of another node of its chips."""
+        return self.rank == 0 or self.parts.telemetry.node > 0
 
     def _standing(self) -> dict[str, float]:
         return {
@@ -345,7 +352,7 @@ class Engine:
         self.writer.finish()
         state = "stopped" if self.stop else "succeeded"
         self._status(state=state)
-        if self.rank == 0:
+        if self._tells:
             self.parts.telemetry.close(state)
         return state
 

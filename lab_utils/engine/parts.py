@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,36 +16,68 @@ from lab_utils.objectives import Objective, get_objective
 from lab_utils.optim.groups import parameter_groups
 from lab_utils.recipe import OptimSection, Recipe
 from lab_utils.registry import load as load_member
-from lab_utils.telemetry.chips import ChipSampler
+from lab_utils.telemetry.alerts import HOT, Alerts, Limits
+from lab_utils.telemetry.chips import ChipSampler, joules_per_token
 from lab_utils.telemetry.sinks import MultiSink, make_sinks
 
 
 class Telemetry:
-    """Rank 0's sinks and chip sampler."""
+    """The sinks and the chip sampler of one rank: of the first rank everything, of the first rank of another node its
+    chips, of any other rank nothing."""
 
-    def __init__(self, sinks: MultiSink, sampler: ChipSampler | None = None) -> None:
-        self.sinks, self.sampler = sinks, sampler
+    def __init__(self, sinks: MultiSink, sampler: ChipSampler | None = None, node: int = 0) -> None:
+        self.sinks, self.sampler, self.node = sinks, sampler, node
         self.event, self._open = sinks.event, False
+        self._alerts: Alerts | None = None
 
     def open(self, run_dir: Any, recipe: Recipe, accelerator: Accelerator, peak: Peak) -> None:
+        if not self.sinks.sinks and self.sampler is None:
+            return
         device = {"kind": accelerator.name, "device": accelerator.device_name()}
         provenance = _read_json(run_dir.path / "provenance.json")
         provenance["accelerator"] = {**device, "peak_flops": peak.flops, "peak_source": peak.source}
         self.sinks.open(run_dir.path, recipe, provenance)
         self._open = True
+        if self.node == 0:
+            self._alerts = Alerts(self.event, Limits(hot=HOT.get(accelerator.name))).start()
         if self.sampler:
+            self.sampler.listener = self._alerts.chips if self._alerts else None
             self.sampler.start()
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        self.sinks.log(step, {**values, **(self.sampler.latest() if self.sampler else {})})
+        """A line of the run on its first rank; another node adds what its chips did meanwhile."""
+        if not self._open:
+            return
+        chips = self.sampler.latest() if self.sampler else {}
+        if self.node:
+            self.sinks.log(step, chips)
+            return
+        values = {**values, **chips}
+        self.sinks.log(step, {**values, **joules_per_token(values)})
+        if self._alerts:
+            self._alerts.step(step, values)
 
     def close(self, state: str) -> None:
         """Idempotent: a run that fails closes from where it failed."""
         if self._open:
             self._open = False
+            if self._alerts:
+                self._alerts.stop()
             if self.sampler:
                 self.sampler.stop()
             self.sinks.close(state)
+
+
+def telemetry_of(recipe: Recipe, accelerator: Accelerator, run_dir: Any) -> Telemetry:
+    """What this rank tells, by its place in torchrun's environment."""
+    if int(os.environ.get("LOCAL_RANK", 0)) != 0:
+        return Telemetry(MultiSink([]))
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    node = int(os.environ.get("GROUP_RANK", int(os.environ.get("RANK", 0)) // beside))
+    sampler = ChipSampler(
+        accelerator.name, recipe.tracking.chip_seconds, run_dir.path, chips=beside, node=node
+    )
+    return Telemetry(make_sinks(recipe, node=node), sampler, node)
 
 
 @dataclass
@@ -125,11 +158,7 @@ def build_parts(
         encoding=encoding_of(recipe, tokenizer),
         objective=get_objective(recipe.objective, recipe.rollout),
         write_config=write,
-        telemetry=Telemetry(
-            make_sinks(recipe), ChipSampler(accelerator.name, recipe.tracking.chip_seconds, run_dir.path)
-        )
-        if rank == 0
-        else Telemetry(MultiSink([])),
+        telemetry=telemetry_of(recipe, accelerator, run_dir),
     )
 
 

@@ -16,6 +16,8 @@ from lab_utils.accelerators import get_accelerator
 from lab_utils.errors import LabError
 from lab_utils.recipe import Recipe
 
+# Weights up to this size are audited as their run ends; larger ones by `lab audit`, when somebody has the time.
+AUDIT_BYTES = 4 * 2**30
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
@@ -43,8 +45,7 @@ def main(arguments: list[str]) -> int:
         from lab_utils.engine.engine import Engine
 
         engine = Engine(recipe, accelerator, run_dir)
-        engine.fit()
-        return 0
+        state = engine.fit()
     except KeyboardInterrupt:
         _record(run_dir, engine, "interrupted from the keyboard")
         return 130
@@ -65,6 +66,9 @@ def main(arguments: list[str]) -> int:
                 f"{_where(engine)}: {type(error).__name__}: {text} (traceback in the rank's log).",
             )
         return 1
+    if engine.rank == 0:
+        _card(run_dir, audited=state == "succeeded")
+    return 0
 
 
 def _where(engine: Any) -> str:
@@ -91,6 +95,28 @@ def _record(run_dir: Any, engine: Any, sentence: str, primary: bool = True) -> N
     run_dir.write_status(state="failed", error=sentence)
     if engine is not None:
         engine.fail(sentence)
+
+
+def _card(run_dir: Any, audited: bool) -> None:
+    """What the run was and did, for people; whatever happens here, the run is what it was.
+
+    Args:
+        audited: with an audit, where weights are few. A run that had to stop may have no time for one.
+    """
+    from lab_utils.runs import card
+
+    card.refresh(run_dir)
+    try:
+        found = run_dir.checkpoints()
+        size = (
+            sum(file.stat().st_size for file in (found[-1] / "model").glob("*.safetensors")) if found else 0
+        )
+        if audited and 0 < size <= AUDIT_BYTES:
+            from lab_utils.engine.audit import audit
+
+            audit(run_dir)
+    except (Exception, KeyboardInterrupt) as error:
+        print(f"warning: not audited ({error}): lab audit {run_dir.name}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

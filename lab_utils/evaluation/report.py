@@ -142,6 +142,10 @@ def _run(plan: Plan, folder: Path, progress: bool, kept: bool) -> dict[str, Any]
         kind: type[LabError] = _ERRORS.get(process.returncode, RunError)
         where = f" (log: {log})" if kept else ""
         raise kind(f"Evaluating {plan.target.name} failed: {last.removeprefix('error: ')}{where}")
+    if is_run:
+        from lab_utils.runs import card
+
+        card.refresh(folder)
     return read_report(folder) | {"folder": str(folder) if kept else None}
 
 

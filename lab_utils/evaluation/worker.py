@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from lab_utils.accelerators._hidden import show_devices
 from lab_utils.errors import CheckpointError, LabError
 from lab_utils.evaluation.held_out import HeldOut, load_held_out, spread
 from lab_utils.evaluation.plan import Plan
@@ -256,4 +257,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    show_devices()
     main()

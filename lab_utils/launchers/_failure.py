@@ -7,12 +7,14 @@ import signal
 from dataclasses import dataclass
 from pathlib import Path
 
-from lab_utils.launchers._base import tail
+from lab_utils.launchers._ascend_errors import ECHO, first_error
+from lab_utils.launchers._base import log_files, tail
 from lab_utils.runs.directory import RunDirectory, read_json
 
 # Signals that end a process from outside its own program, or by a fault in native code. SIGTERM is not among
 # them: torchrun sends it to the ranks that are left.
 FATAL = {signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGILL, signal.SIGFPE}
+_TIME = re.compile(r"^\s*time\s*:\s*(\S+)", re.MULTILINE)
 _RANK = re.compile(r"^\s*rank\s*:\s*(\d+)", re.MULTILINE)
 _EXIT = re.compile(r"^\s*exitcode\s*:\s*(-?\d+)\s*\(pid: (\d+)\)", re.MULTILINE)
 _ERROR_LINE = re.compile(r"^(?:error: |\w*(?:Error|Exception): )(.+)$")
@@ -39,13 +41,20 @@ class Exit:
 
 
 def parse_torchrun(text: str) -> list[Exit]:
-    """The failures that torchrun lists as it gives up, the first observed one first."""
-    head, found_root, root = text.rpartition("Root Cause")
-    exits = []
-    for part, first in ((root, True), (head, False)) if found_root else ((text, False),):
-        for rank, (code, _) in zip(_RANK.findall(part), _EXIT.findall(part)):
-            exits.append(Exit(int(rank), int(code), first))
-    return exits
+    """The failures that torchrun lists as it gives up, the first observed one first.
+
+    Each node has a torchrun of its own: of several lists, the root cause that is the earliest is the first.
+    """
+    roots: list[tuple[str, Exit]] = []
+    others: list[Exit] = []
+    for table in re.split(r"^Failures:", text, flags=re.MULTILINE):
+        head, found_root, root = table.rpartition("Root Cause")
+        for time, rank, (code, _) in zip(_TIME.findall(root), _RANK.findall(root), _EXIT.findall(root)):
+            failure = Exit(int(rank), int(code), bool(found_root))
+            roots.append((time, failure)) if found_root else others.append(failure)
+        others += [Exit(int(r), int(c), False) for r, (c, _) in zip(_RANK.findall(head), _EXIT.findall(head))]
+    ordered = [failure for _, failure in sorted(roots, key=lambda pair: pair[0])]
+    return ordered[:1] + [Exit(e.rank, e.code, False) for e in ordered[1:]] + others
 
 
 def rank_reports(logs: Path, since: float) -> list[dict]:
@@ -57,10 +66,13 @@ def rank_reports(logs: Path, since: float) -> list[dict]:
 def last_words(path: Path) -> str | None:
     """The last line of a log that looks like an error, else its last line that says anything."""
     lines = [line.strip() for line in tail(path, 60).splitlines() if line.strip()]
-    for line in reversed(lines):
-        if match := _ERROR_LINE.match(line):
-            return match.group(1)
-    return lines[-1] if lines else None
+    return error_line(path) or (lines[-1] if lines else None)
+
+
+def error_line(path: Path) -> str | None:
+    """The last line of a log that looks like an error."""
+    found = (_ERROR_LINE.match(line.strip()) for line in reversed(tail(path, 60).splitlines()))
+    return next((match.group(1) for match in found if match), None)
 
 
 def killed_by(rank: int, number: signal.Signals, name: str) -> str:
@@ -79,8 +91,9 @@ def killed_by(rank: int, number: signal.Signals, name: str) -> str:
 def diagnose(run_dir: RunDirectory, *, since: float, launcher_text: str, code: int) -> tuple[str, int | None]:
     """The sentence for status.json and the rank that it speaks of.
 
-    In this order: a rank that was killed; what the worker itself wrote; the earliest rank that left a report;
-    the last words of the first rank that failed; the launcher's.
+    In this order: a rank that was killed; the first error of an Ascend chip, where what the ranks say only repeats it;
+    what the worker itself wrote; the earliest rank that left a report; the last words of the first rank that failed;
+    the launcher's.
 
     Args:
         run_dir: the run.
@@ -96,6 +109,9 @@ def diagnose(run_dir: RunDirectory, *, since: float, launcher_text: str, code: i
     heard = own or (reports[0]["error"] if reports else None)
     if killed and killed.signal and (killed.first or not heard or PEER_LOST.search(heard)):
         return killed_by(killed.rank, killed.signal, run_dir.name), killed.rank
+    vague = not heard or PEER_LOST.search(heard) or ECHO.search(heard)
+    if vague and (finding := first_error(run_dir.logs, since)):
+        return finding.sentence(run_dir.name), finding.rank
     if own:
         return own, status.get("failed_rank")
     if reports:
@@ -103,5 +119,9 @@ def diagnose(run_dir: RunDirectory, *, since: float, launcher_text: str, code: i
     if first:
         words = last_words(run_dir.logs / f"rank-{first.rank}.log") or "it left no message"
         return f"Rank {first.rank} ended with exit code {first.code}: {words.rstrip('.')}.", first.rank
-    words = last_words(run_dir.logs / "launcher.log") or "it left no message"
-    return f"The launcher ended with exit code {code}: {words.rstrip('.')} (logs/launcher.log).", None
+    launcher, *rest = log_files(run_dir.logs)
+    # Where there are nodes, a script that ends before torchrun has its words in one of theirs.
+    starters = [*(path for path in rest if path.name.startswith("node-")), launcher]
+    said = [(path, words) for say in (error_line, last_words) for path in starters if (words := say(path))]
+    path, words = (*said, (launcher, "it left no message"))[0]
+    return f"The launcher ended with exit code {code}: {words.rstrip('.')} (logs/{path.name}).", None

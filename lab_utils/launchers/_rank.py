@@ -13,10 +13,13 @@ import json
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 import traceback
 from pathlib import Path
+
+from lab_utils.accelerators._hidden import show_devices
 
 WORKER = "lab_utils.engine.worker"
 PR_SET_PDEATHSIG = 1
@@ -65,7 +68,9 @@ def main() -> None:
     end_with_parent()
     report = logs / f"rank-{rank}.error.json"
     report.unlink(missing_ok=True)
-    print(f"--- rank {rank}, process {os.getpid()}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    host, now = socket.gethostname(), time.strftime("%Y-%m-%d %H:%M:%S")
+    print(f"--- rank {rank}, process {os.getpid()} on {host}, {now}", flush=True)
+    show_devices()
     worker = os.environ.get("ASCENT_WORKER_MODULE", WORKER)
     sys.argv = [worker, str(path)]
     try:

@@ -13,11 +13,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import psutil
 
-from lab_utils.launchers._base import SCRIPT
+from lab_utils.launchers._base import SCRIPT, log_files
 from lab_utils.launchers._failure import diagnose
+from lab_utils.runs import card
 from lab_utils.runs.directory import RunDirectory
 from lab_utils.runs.states import FINAL
 
@@ -30,10 +33,16 @@ KILL_GRACE = 60.0
 
 
 class Supervisor:
-    """One attempt at a run."""
+    """One attempt at a run.
 
-    def __init__(self, run_dir: RunDirectory):
+    Args:
+        run_dir: the run.
+        command: what starts the ranks, its output going to ``logs/launcher.log``.
+    """
+
+    def __init__(self, run_dir: RunDirectory, command: Sequence[str] | None = None):
         self.run_dir = run_dir
+        self.command = list(command or ["bash", str(run_dir.path / SCRIPT)])
         self.log = run_dir.logs / "launcher.log"
         self.started = time.time()
         self.told_to_end: float | None = None
@@ -47,21 +56,22 @@ class Supervisor:
             # Only noted here: the main thread may be inside a locked write that a handler would wait for.
             signal.signal(number, self._hear)
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-        self.offset = self.log.stat().st_size
+        # Logs of nodes are appended to by every attempt: what this one writes begins where they end now.
+        self.offsets = {path: path.stat().st_size for path in self._outputs()}
         with self.log.open("ab") as log:
             self.job = subprocess.Popen(
-                ["bash", str(self.run_dir.path / SCRIPT)],
+                self.command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        self.run_dir.write_status(pid=self.job.pid, job=f"{socket.gethostname()}:{os.getpid()}")
+        self.begin()
         beaten = looked = 0.0
         while self.job.poll() is None:
             now = time.monotonic()
-            if self.signalled and self.told_to_end is None:
-                self.end()
+            if self.signalled:
+                self.told()
             if now - beaten > BEAT:
                 beaten = now
                 self.beat()
@@ -71,11 +81,21 @@ class Supervisor:
                 self.insist(now)
             time.sleep(POLL)
         self.clear_up()
-        self.finish(self.job.returncode)
-        return self.job.returncode
+        code = self.finish(self.job.returncode)
+        card.refresh(self.run_dir)  # also of a run whose ranks were killed
+        return code
 
     def _hear(self, number: int, frame: object) -> None:
         self.signalled = True
+
+    def begin(self) -> None:
+        """Leave in status.json who to ask for the job."""
+        self.run_dir.write_status(pid=self.job.pid, job=f"{socket.gethostname()}:{os.getpid()}")
+
+    def told(self) -> None:
+        """A signal was heard, now or earlier."""
+        if self.told_to_end is None:
+            self.end()
 
     def beat(self) -> None:
         # A full disk or a file system that is away for a moment must not end the supervisor.
@@ -118,12 +138,16 @@ class Supervisor:
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
-    def finish(self, code: int) -> None:
-        """The final state: the worker's own where it left one, else what the exit code says."""
+    def asked_to_end(self) -> bool:
+        """Somebody wanted this end."""
+        return self.run_dir.control.get("action") is not None or self.told_to_end is not None
+
+    def finish(self, code: int) -> int:
+        """Write the final state: the worker's own where it left one, else what the exit code says; returns the code."""
         state = self.run_dir.status.get("state")
         now = time.time()
         changes: dict = {"finished": now, "exit_code": code}
-        asked = self.run_dir.control.get("action") is not None or self.told_to_end is not None
+        asked = self.asked_to_end()
         if state == "succeeded" or (state == "stopped" and (asked or code == 0)):
             pass
         elif code == 0 and state != "failed":
@@ -131,16 +155,28 @@ class Supervisor:
         elif self.told_to_end is not None and state != "failed":
             changes |= {"state": "stopped"}
         else:
-            with self.log.open("rb") as stream:
-                stream.seek(self.offset)
-                text = stream.read().decode("utf-8", errors="replace")
-            error, rank = diagnose(self.run_dir, since=self.started, launcher_text=text, code=code)
+            error, rank = diagnose(self.run_dir, since=self.started, launcher_text=self.output(), code=code)
             changes |= {"state": "failed", "error": error, "failed_rank": rank}
-        self._write(changes)
+        self.write(changes)
         state = changes.get("state", state)
         print(f"supervisor: {self.run_dir.name} {state}, exit code {code}", flush=True)
+        return code
 
-    def _write(self, changes: dict) -> None:
+    def _outputs(self) -> list[Path]:
+        """Files that hold what the starters of ranks print."""
+        found = log_files(self.run_dir.logs)
+        return [path for path in found if path.exists() and not path.name.startswith("rank-")]
+
+    def output(self) -> str:
+        """What they have printed in this attempt."""
+        parts = []
+        for path in self._outputs():
+            with contextlib.suppress(OSError), path.open("rb") as stream:
+                stream.seek(self.offsets.get(path, 0))
+                parts.append(stream.read().decode("utf-8", errors="replace"))
+        return "\n".join(parts)
+
+    def write(self, changes: dict) -> None:
         """The last word must be heard even where the disk was full a moment ago."""
         for pause in (0.5, 1.0, 2.0, 4.0, None):
             try:

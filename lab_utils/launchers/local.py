@@ -17,8 +17,8 @@ from pathlib import Path
 
 import psutil
 
-from lab_utils.errors import RunError
-from lab_utils.launchers._base import SCRIPT, exports, read_logs
+from lab_utils.errors import LayoutError, RunError
+from lab_utils.launchers._base import SCRIPT, JobInfo, exports, options_of, read_logs
 from lab_utils.recipe import Recipe
 from lab_utils.runs.checks import device_kind
 from lab_utils.runs.directory import RunDirectory, write_atomic
@@ -52,6 +52,9 @@ def environment(run_dir: RunDirectory, recipe: Recipe) -> tuple[dict[str, str], 
     if sys.platform == "linux":
         # All ranks are on this machine: a host name that doesn't resolve must not matter.
         soft["GLOO_SOCKET_IFNAME"] = "lo"
+    if device_kind(recipe) == "npu":
+        # CANN's own logs, where the first error of a failure is looked for.
+        firm["ASCEND_PROCESS_LOG_PATH"] = str(run_dir.path / "logs" / "ascend")
     return firm, soft
 
 
@@ -107,6 +110,14 @@ def status(run_dir: RunDirectory) -> JobState:
     return JobState.RUNNING if _processes(run_dir, stored) else JobState.GONE
 
 
+def describe(run_dir: RunDirectory) -> JobInfo:
+    state = status(run_dir)
+    host = run_dir.status.get("host")
+    if state == JobState.UNKNOWN:
+        return JobInfo(state, f"started on {host}, which only that machine can say more of")
+    return JobInfo(state, nodes=(host,) if state == JobState.RUNNING else ())
+
+
 def stop(run_dir: RunDirectory, checkpoint: bool = True) -> None:
     run_dir.request("checkpoint_and_stop" if checkpoint else "stop")
     stored = run_dir.status
@@ -123,6 +134,17 @@ def stop(run_dir: RunDirectory, checkpoint: bool = True) -> None:
 
 def logs(run_dir: RunDirectory, lines: int = 50, rank: int | None = None) -> str:
     return read_logs(run_dir.logs, lines, rank)
+
+
+def check(recipe: Recipe, root: Path) -> str:
+    options_of(recipe, "local")
+    nodes = recipe.cluster.nodes
+    if nodes > 1:
+        raise LayoutError(
+            f"cluster.nodes={nodes}, but the local launcher starts ranks on this machine alone: set cluster.launcher "
+            "to a scheduler (slurm, volcano), or cluster.nodes=1."
+        )
+    return "Started on this machine, in a session of its own."
 
 
 def _processes(run_dir: RunDirectory, stored: dict) -> list[psutil.Process]:

@@ -77,6 +77,7 @@ def execute(name: str, parameters: dict[str, Any], *, root: Path, progress: bool
     executed = staging / f"{path.stem}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.ipynb"
     started, before = time.time(), _launched_by(root, executed)
     environment = {"ASCENT_NOTEBOOK": str(executed.resolve()), "ASCENT_RUNS": str(root.resolve())}
+    environment["ASCENT_HEADLESS"] = "1"  # nobody is there, even where a notebook's own kernel runs this
     kept = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)
     try:

@@ -72,9 +72,7 @@ class Recipe(Section):
             return tree
         objective = {"kind": "sft", **tree.get("objective", {})}
         tree = {**tree, "objective": objective}
-        samples = objective["kind"] == "grpo" or (
-            objective["kind"] == "distill" and objective.get("on_policy", True)
-        )
+        samples = takes_samples(objective)
         if samples and tree.get("rollout") is None:
             return {**tree, "rollout": {}}
         if not samples and tree.get("rollout") is not None:
@@ -108,6 +106,20 @@ class Recipe(Section):
             return cls.model_validate(tree)
         except ValidationError as error:
             raise RecipeError(f"{where}: {_explain(cls, error)}") from None
+
+    @classmethod
+    def problems(cls, tree: dict[str, Any]) -> list[tuple[str, str]]:
+        """What keeps a nested dictionary from being a recipe: the dotted key and a sentence of each; [] if nothing.
+
+        The key is a section's, or empty, where fields don't go together: then the sentence names them.
+        """
+        try:
+            cls.model_validate(tree)
+        except ValidationError as error:
+            # An unknown key explains a missing one better than the reverse.
+            found = sorted(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
+            return [_problem(cls, each) for each in found]
+        return []
 
     @classmethod
     def load(cls, source: str | Path) -> Recipe:
@@ -244,6 +256,12 @@ def parse_changes(pairs: list[str]) -> dict[str, str]:
     return dict(pair.split("=", 1) for pair in pairs)
 
 
+def takes_samples(objective: dict[str, Any]) -> bool:
+    """Whether a run of this ``objective`` section learns from samples of the model's own, and so has ``rollout``."""
+    kind = objective.get("kind", "sft")
+    return kind == "grpo" or (kind == "distill" and bool(objective.get("on_policy", True)))
+
+
 def _keys(section: type[Section], prefix: str = "") -> list[str]:
     """Every dotted key of a recipe, for hints; of a union those of every member."""
     keys = []
@@ -262,14 +280,20 @@ def _explain(root: type[Section], error: ValidationError) -> str:
     problems = error.errors()
     # An unknown key explains a missing one better than the reverse.
     first = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    _, text = _problem(root, first)
+    more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
+    return text.rstrip(".") + more + ("" if text.endswith("?") and not more else ".")
+
+
+def _problem(root: type[Section], first: Any) -> tuple[str, str]:
+    """The dotted key of one of pydantic's errors, and a sentence."""
     place = [str(part) for part in first["loc"]]
     if place[:1] == ["objective"] and len(place) > 1 and place[1] in OBJECTIVES:
         del place[1]  # which member of the union it is
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
-        siblings = [
-            k.rsplit(".", 1)[-1] for k in _keys(root) if k.rsplit(".", 1)[0] == key.rpartition(".")[0]
-        ]
+        above = ".".join(part for part in place[:-1] if not part.isdigit())
+        siblings = [k.rpartition(".")[2] for k in _keys(root) if above and k.rpartition(".")[0] == above]
         siblings = siblings or sorted({k.split(".")[0] for k in _keys(root)})
         text = f"'{key}' is no key of a recipe, {nearest(str(first['loc'][-1]), siblings)}"
     elif first["type"] == "missing":
@@ -278,6 +302,6 @@ def _explain(root: type[Section], error: ValidationError) -> str:
         text = f"{key}.kind: {nearest(str(first['ctx']['tag']), list(OBJECTIVES))}"
     else:
         found = f" (found {first['input']!r})" if key and not isinstance(first["input"], dict) else ""
-        text = f"{key + ': ' if key else ''}{first['msg'].removeprefix('Value error, ')}{found}"
-    more = f" ({len(problems) - 1} more like it)" if len(problems) > 1 else ""
-    return text.rstrip(".") + more + ("" if text.endswith("?") and not more else ".")
+        said = first["msg"].removeprefix("Value error, ")
+        text = f"{key + ': ' if key and not said.startswith(key) else ''}{said}{found}"
+    return key, text if text.endswith("?") else text.rstrip(".") + "."

@@ -99,6 +99,10 @@ class Prompts:
         """Passes over the data so far."""
         return self._epoch + self._next / len(self._rows(self._epoch))
 
+    def census(self) -> list[dict[str, int]]:
+        """Prompts of each source, each once, without its weight."""
+        return [{"units": len(rows)} for rows in self._sources]
+
     def take(self, count: int) -> list[Prompt]:
         """The next ``count`` prompts."""
         taken: list[Prompt] = []

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lab_utils.errors import RunError
-from lab_utils.launchers._base import Launcher, get_launcher
+from lab_utils.launchers._base import JobInfo, Launcher, get_launcher
 from lab_utils.recipe import Recipe
-from lab_utils.runs import provenance
+from lab_utils.runs import notes, provenance
 from lab_utils.runs.checks import preflight
 from lab_utils.runs.directory import RunDirectory, all_runs, create, default_root, find
 from lab_utils.runs.states import FINAL, JobState, derive
@@ -163,6 +164,60 @@ class Run:
             "checkpoints": [path.name for path in self.directory.checkpoints()],
         }
 
+    def job(self) -> JobInfo:
+        """What the launcher knows of the job: state, why it waits, place in the queue, seconds left, restarts, nodes.
+
+        Answers of a scheduler are some seconds old: it is asked seldom, and for all runs at once.
+        """
+        return self.launcher.describe(self.directory)
+
+    # -- what people write at it -----------------------------------------------------------------------
+
+    @property
+    def notes(self) -> str:
+        """A free text; set it: ``run.notes = "diverged after the change of rate"``."""
+        return notes.read(self.path).text
+
+    @notes.setter
+    def notes(self, text: str) -> None:
+        notes.change(self.path, text=text)
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Words to find it by; set them: ``run.tags = ["baseline", "v2"]``."""
+        return notes.read(self.path).tags
+
+    @tags.setter
+    def tags(self, tags: Iterable[str] | str) -> None:
+        notes.change(self.path, tags=tags)
+
+    def fork(self, changes: dict[str, Any] | None = None, *, weights: bool = False) -> Recipe:
+        """This run's recipe with changes, for a run of its own: ``launch(run.fork({"optim.lr": 1e-3}))``.
+
+        Args:
+            changes: dotted keys, any of them.
+            weights: start from this run's newest checkpoint instead of from where it started.
+
+        Raises:
+            RunError: ``weights`` of a run without a checkpoint.
+            RecipeError: a change that is none.
+        """
+        start = {"model.source": str(self.weights)} if weights else {}
+        return self.recipe.with_changes({**start, **(changes or {})})
+
+    def delete(self) -> None:
+        """Remove the directory with everything in it: checkpoints, logs, metrics.
+
+        Raises:
+            RunError: it goes on, or may not be removed.
+        """
+        status = self.status
+        if status["state"] not in FINAL and status["state"] != "created":
+            raise RunError(f"{self.name} is {status['state']}: stop it first (lab runs stop {self.name}).")
+        self.directory.remove()
+
+    # -- logs --------------------------------------------------------------------------------------------
+
     def logs(self, n: int = 50, rank: int | None = None) -> str:
         """The last ``n`` lines of every log, or of one rank's."""
         return self.launcher.logs(self.directory, n, rank)
@@ -193,9 +248,11 @@ class Run:
                     bar.update(int(status["step"] or 0), values, status["state"])
                 if status["state"] in FINAL:
                     ended = ended or time.monotonic()
-                    closing = self.launcher.status(self.directory) == JobState.RUNNING
+                    closing = self.launcher.status(self.directory) in (JobState.RUNNING, JobState.PENDING)
                     if not closing or time.monotonic() - ended > CLOSING_SECONDS:
                         break
+                else:
+                    ended = None  # a scheduler took the nodes: what had stopped is queued again
                 if timeout is not None and time.monotonic() - began > timeout:
                     raise RunError(
                         f"{self.name} is still {status['state']} at step {status['step']} after "
@@ -287,7 +344,7 @@ def _verb(state: str) -> str:
     return "was lost" if state == "lost" else state
 
 
-def merge_steps(rows: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+def merge_steps(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """Logged lines by step; a step that comes again after a later one starts a new attempt from there."""
     table: dict[int, dict[str, Any]] = {}
     newest = -1

@@ -17,14 +17,15 @@ GIB = 2**30
 SMALL_FILES = 256 * 2**20
 
 
-def check_data(recipe: Recipe) -> None:
-    """Every manifest that the recipe names is there and its files are what it says.
+def check_data(recipe: Recipe) -> str:
+    """Every manifest that the recipe names is there and its files are what it says; says which.
 
     Raises:
         DataError: the first problem, and how many more there are.
     """
     from lab_utils.data.manifest import load_manifest
 
+    check_formats(recipe)
     used: dict[tuple[str, tuple[str, ...]], set[str]] = {}
     for source in (*recipe.data.train, *recipe.data.validation):
         used.setdefault((source.manifest, source.families), set()).add(source.split)
@@ -38,6 +39,29 @@ def check_data(recipe: Recipe) -> None:
         if problems:
             more = f" ({len(problems) - 1} more: lab data verify {name})" if len(problems) > 1 else ""
             raise DataError(f"{problems[0].message.rstrip('.')}{more}.")
+    splits = ", ".join(f"{name} ({', '.join(sorted(splits))})" for (name, _), splits in used.items())
+    return f"Checksums and rows as the manifests say: {splits}."
+
+
+def check_formats(recipe: Recipe) -> None:
+    """What is trained on has something to learn from for the objective; read from manifests alone.
+
+    Raises:
+        DataError: no such manifest or split, or another format.
+    """
+    from lab_utils.data.manifest import load_manifest
+
+    pairs = recipe.objective.kind in ("preference", "reward")
+    # Prompts are looked at with what samples them (check_rollouts).
+    formats = None if recipe.rollout else ("preference",) if pairs else ("messages", "text")
+    for source in recipe.data.train:
+        manifest = load_manifest(source.manifest)
+        manifest.source(source.split)
+        if formats and manifest.format not in formats:
+            raise DataError(
+                f"{manifest.name} has format {manifest.format}, but objective.kind={recipe.objective.kind} learns from "
+                f"{' or '.join(formats)}: choose another manifest (lab data list)."
+            )
 
 
 def check_model(recipe: Recipe) -> None:
@@ -133,16 +157,13 @@ def disk_needed(recipe: Recipe) -> tuple[int, int]:
     return SMALL_FILES + checkpoint * (min(saves, recipe.schedule.keep_last) + 1), checkpoint
 
 
-def check_disk(recipe: Recipe, root: Path) -> None:
-    """The file system of ``root`` has room for the run.
+def check_disk(recipe: Recipe, root: Path) -> str:
+    """The file system of ``root`` has room for the run; says how much.
 
     Raises:
         RunError: it has not; the message gives both numbers.
     """
-    place = root.resolve()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing(root)).free
     needed, checkpoint = disk_needed(recipe)
     if free < needed:
         part = f", {checkpoint / GIB:.2f} GiB a checkpoint" if checkpoint else ""
@@ -150,6 +171,8 @@ def check_disk(recipe: Recipe, root: Path) -> None:
             f"{root} has {free / GIB:.2f} GiB free and the run needs about {needed / GIB:.2f} GiB{part}: "
             f"free some space, point ASCENT_RUNS elsewhere, or lower schedule.keep_last."
         )
+    besides = "" if checkpoint else " besides checkpoints"
+    return f"{free / GIB:.1f} GiB free, about {needed / GIB:.2f} GiB needed{besides}."
 
 
 def device_kind(recipe: Recipe) -> str:
@@ -239,16 +262,20 @@ def check_rollouts(recipe: Recipe) -> None:
 
 
 def preflight(recipe: Recipe, root: Path) -> None:
-    """All checks, the cheapest first. The devices are the local launcher's business; a cluster has its own.
+    """All checks of ``checklist.py``, the cheapest first.
 
     Raises:
         LabError: the first thing that would keep the run from starting.
     """
-    recipe.layout()
-    if recipe.cluster.launcher == "local":
-        check_accelerator(recipe)
-    check_rollouts(recipe)
-    check_sources(recipe)
-    check_model(recipe)
-    check_disk(recipe, root)
-    check_data(recipe)
+    from lab_utils.runs.checklist import checks_of
+
+    for _, check in checks_of(recipe, root):
+        check()
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest one above it that is there."""
+    place = folder.resolve()
+    while not place.exists():
+        place = place.parent
+    return place

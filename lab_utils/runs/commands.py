@@ -8,31 +8,36 @@ import typer
 
 from lab_utils.console import emit, say, table
 from lab_utils.errors import RunError
+from lab_utils.runs.states import ACTIVE
 
 app = typer.Typer(help="Follow, stop and resume runs.", no_args_is_help=True)
 
 RUN = typer.Argument("last", help="A run's name, unique prefix, path, or last.")
 ROOT = typer.Option(None, "--runs", help="Folder of runs; default ASCENT_RUNS or ./runs.")
 JSON = typer.Option(False, "--json", help="Print JSON.")
+LAUNCHER = typer.Option(
+    None, "--launcher", help="local, slurm or volcano; the same as --set cluster.launcher=NAME."
+)
+NODES = typer.Option(None, "--nodes", min=1, help="Machines; the same as --set cluster.nodes=N.")
+NPROC = typer.Option(None, "--nproc", min=1, help="Ranks a node; the same as --set cluster.nproc=N.")
 DETACH = typer.Option(False, "--detach", help="Return at once; the run goes on.")
 
 
 def run_command(
     recipe: str = typer.Argument(help="A named recipe (lab recipe list) or a YAML file."),
     changes: list[str] = typer.Option([], "--set", help="A change, as in --set optim.lr=3e-4."),
-    nproc: int = typer.Option(None, "--nproc", min=1, help="Ranks; the same as --set cluster.nproc=N."),
+    launcher: str = LAUNCHER,
+    nodes: int = NODES,
+    nproc: int = NPROC,
     detach: bool = DETACH,
     root: str = ROOT,
     as_json: bool = JSON,
 ) -> None:
     """Post-train a model. Ctrl-C saves a checkpoint and stops; with --detach the run goes on by itself."""
-    from lab_utils.recipe import Recipe, parse_changes
+    from lab_utils.launchers._commands import changed
     from lab_utils.runs.api import launch
 
-    resolved = Recipe.load(recipe).with_changes(parse_changes(changes))
-    if nproc is not None:
-        resolved = resolved.with_changes({"cluster.nproc": nproc})
-    _follow(launch(resolved, root=root), detach, as_json)
+    _follow(launch(changed(recipe, changes, launcher, nodes, nproc), root=root), detach, as_json)
 
 
 def _follow(run, detach: bool, as_json: bool) -> None:  # a Run, imported late
@@ -100,6 +105,8 @@ def _show(run, as_json: bool) -> None:  # a Run, imported late
     def render() -> None:
         head = {key: value for key, value in summary.items() if key != "metrics" and value not in (None, [])}
         head["step"] = f"{head.pop('step')} of {head.pop('total_steps')}"
+        if summary["state"] in ACTIVE:
+            head |= run.job().words()
         table(summary["run"], ["", ""], [(key, value) for key, value in head.items()])
         rows = []
         for key, value in summary["metrics"].items():
@@ -150,14 +157,95 @@ def stop(
 def resume(
     run: str = RUN,
     changes: list[str] = typer.Option([], "--set", help="Another layout, as in --set parallel.pp=2."),
-    nproc: int = typer.Option(None, "--nproc", min=1, help="Ranks; the same as --set cluster.nproc=N."),
+    launcher: str = LAUNCHER,
+    nodes: int = NODES,
+    nproc: int = NPROC,
     detach: bool = DETACH,
     root: str = ROOT,
     as_json: bool = JSON,
 ) -> None:
     """Go on from a run's last complete checkpoint, under another layout if wanted."""
+    from lab_utils.launchers._commands import places
     from lab_utils.recipe import parse_changes
     from lab_utils.runs.api import attach
 
-    wanted = {**parse_changes(changes), **({"cluster.nproc": nproc} if nproc is not None else {})}
+    wanted = {**parse_changes(changes), **places(launcher, nodes, nproc)}
     _follow(attach(run, root).resume(wanted), detach, as_json)
+
+
+@app.command("fork")
+def fork(
+    run: str = RUN,
+    changes: list[str] = typer.Option([], "--set", help="A change, as in --set optim.lr=1e-3."),
+    weights: bool = typer.Option(False, "--weights", help="Start from the run's newest checkpoint."),
+    detach: bool = DETACH,
+    root: str = ROOT,
+    as_json: bool = JSON,
+) -> None:
+    """A new run of a run's recipe with changes."""
+    from lab_utils.recipe import parse_changes
+    from lab_utils.runs.api import attach, launch
+
+    recipe = attach(run, root).fork(parse_changes(changes), weights=weights)
+    _follow(launch(recipe, root=root), detach, as_json)
+
+
+@app.command("delete")
+def delete(
+    run: str = typer.Argument(help="A run's name, unique prefix or path."),
+    yes: bool = typer.Option(False, "--yes", help="Don't ask."),
+    root: str = ROOT,
+    as_json: bool = JSON,
+) -> None:
+    """Remove a run that has ended, with its checkpoints."""
+    from lab_utils.runs.api import attach
+
+    found = attach(run, root)
+    if not yes and not typer.confirm(
+        f"Remove {found.path} with {len(found.directory.checkpoints())} checkpoints?"
+    ):
+        raise RunError(f"{found.name} is kept.")
+    found.delete()
+    emit({"run": found.name, "deleted": True}, as_json, lambda: print(f"{found.name}: deleted"))
+
+
+@app.command("note")
+def note(
+    run: str = RUN,
+    text: str = typer.Option(None, "--text", help="A note; empty takes it away."),
+    tags: str = typer.Option(None, "--tags", help="Words, separated by commas; empty takes them away."),
+    root: str = ROOT,
+    as_json: bool = JSON,
+) -> None:
+    """Write a note or tags at a run; without options, show them."""
+    from lab_utils.runs.api import attach
+
+    found = attach(run, root)
+    if text is not None:
+        found.notes = text
+    if tags is not None:
+        found.tags = tags
+    written = {"run": found.name, "note": found.notes, "tags": list(found.tags)}
+    emit(written, as_json, lambda: print(f"{found.name}  {' '.join(found.tags)}\n{found.notes}".rstrip()))
+
+
+@app.command("compare")
+def compare_command(
+    runs: list[str] = typer.Argument(help="Two runs or more."), root: str = ROOT, as_json: bool = JSON
+) -> None:
+    """Runs beside one another: settings that differ, last metrics, answers."""
+    from lab_utils.runs.api import attach
+    from lab_utils.runs.compare import compare
+
+    frame = compare([attach(run, root) for run in runs])
+    by_key = frame.T.astype(object).where(frame.T.notna(), None)
+
+    def cell(value: object) -> str:
+        return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+    rows = [(key, *map(cell, row)) for key, row in zip(by_key.index, by_key.values.tolist())]
+    emit(
+        {name: by_key[name].to_dict() for name in by_key},
+        as_json,
+        lambda: table("Runs compared", ["", *by_key.columns], rows, right=list(by_key.columns)),
+    )

@@ -13,6 +13,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import socket
 import tempfile
 import time
@@ -102,6 +103,20 @@ class RunDirectory:
         write_atomic(path, recipe.to_yaml())
         os.utime(path, ns=(written.st_atime_ns, written.st_mtime_ns))
 
+    def remove(self) -> None:
+        """Take the directory away: at once for every reader, then file by file.
+
+        Raises:
+            RunError: it belongs to somebody else, or the file system refuses.
+        """
+        going = self.path.with_name(f".deleted-{self.path.name}-{os.getpid()}")
+        try:
+            self.path.rename(going)
+            shutil.rmtree(going)
+        except OSError as error:
+            where = going if going.exists() else self.path
+            raise RunError(f"{where} cannot be removed ({error.strerror or error}): ask its owner.") from None
+
     # -- status ----------------------------------------------------------------------------------------
 
     @property
@@ -147,12 +162,16 @@ class RunDirectory:
 
     @property
     def control(self) -> dict[str, Any]:
-        """What the worker is asked to do: {"action": "stop" | "checkpoint_and_stop" | None, "time": …}."""
+        """What the worker is asked to do: {"action": "stop" | "checkpoint_and_stop" | None, "by": …, "time": …}."""
         return {"action": None, **read_json(self.path / "control.json")}
 
-    def request(self, action: Action | None) -> None:
-        """Ask the worker for something at its next step; None takes an earlier request back."""
-        write_atomic(self.path / "control.json", json.dumps({"action": action, "time": time.time()}))
+    def request(self, action: Action | None, by: str = "user") -> None:
+        """Ask the worker for something at its next step; None takes an earlier request back.
+
+        A stop that a scheduler asks for (``by="scheduler"``) is no end of the run: the job is queued again.
+        """
+        asked = {"action": action, "by": by, "time": time.time()}
+        write_atomic(self.path / "control.json", json.dumps(asked))
 
     # -- rows, checkpoints -----------------------------------------------------------------------------
 
@@ -217,10 +236,10 @@ def all_runs(root: str | Path | None = None) -> list[RunDirectory]:
     """Runs below ``root``, oldest first; folders that are no runs are passed over."""
     root = Path(root) if root is not None else default_root()
     found = [RunDirectory(path.parent) for path in root.glob("*/recipe.yaml")]
-    return sorted(found, key=_age)
+    return sorted(found, key=age)
 
 
-def _age(run: RunDirectory) -> tuple[str, str]:
+def age(run: RunDirectory) -> tuple[str, str]:
     """Sorts by the second in the name, which a copy keeps; a renamed run by the time of its recipe."""
     match = _STAMP.search(run.name)
     if match:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lab_utils.recipe import Recipe
+from lab_utils.runs import site
 from lab_utils.runs.directory import write_atomic
 
 SOURCE = Path(__file__).resolve().parents[2]
@@ -43,7 +45,8 @@ def git(folder: Path = SOURCE) -> dict[str, Any]:
     commit = ask("rev-parse", "HEAD") if shutil.which("git") else None
     if not commit:
         return {}
-    diff = ask("diff", "--no-ext-diff", "HEAD") or ""
+    # As git itself would apply it: notebooks have drivers of their own for a person's eyes.
+    diff = ask("diff", "--no-ext-diff", "--no-textconv", "HEAD") or ""
     changed = ask("status", "--porcelain", "--untracked-files=all") or ""
     return {
         "commit": commit.strip(),
@@ -65,30 +68,38 @@ def packages() -> dict[str, str]:
 
 
 def data_hashes(recipe: Recipe) -> dict[str, Any]:
-    """Version and sha256 of every file of every manifest that the recipe names."""
+    """Version, licence and origin of every manifest that the recipe names, and the sha256 of its files; of the splits
+    that are used, all that the manifest says."""
     from lab_utils.data.manifest import load_manifest
 
     found: dict[str, Any] = {}
-    for name in dict.fromkeys(s.manifest for s in (*recipe.data.train, *recipe.data.validation)):
+    used: dict[str, set[str]] = {}
+    for source in (*recipe.data.train, *recipe.data.validation):
+        used.setdefault(source.manifest, set()).add(source.split)
+    for name in used:
         tree = load_manifest(name).model_dump(mode="json")
         hashes: dict[str, str] = {}
-        _collect_hashes(tree, "", hashes)
-        found[name] = {key: tree[key] for key in ("version", "revision") if tree.get(key)} | {
-            "sha256": hashes
+        collect_hashes(tree, "", hashes)
+        told = ("version", "revision", "licence", "provenance", "format")
+        found[name] = {key: tree[key] for key in told if tree.get(key)} | {
+            "splits": {
+                split: tree["splits"][split] for split in sorted(used[name]) if split in tree["splits"]
+            },
+            "sha256": hashes,
         }
     return found
 
 
-def _collect_hashes(node: Any, where: str, into: dict[str, str]) -> None:
+def collect_hashes(node: Any, where: str, into: dict[str, str]) -> None:
     """Every ``sha256`` in a manifest, by the path of the file it stands beside."""
     if isinstance(node, dict):
         if isinstance(node.get("sha256"), str):
             into[str(node.get("path") or where)] = node["sha256"]
         for key, value in node.items():
-            _collect_hashes(value, f"{where}.{key}".lstrip("."), into)
+            collect_hashes(value, f"{where}.{key}".lstrip("."), into)
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _collect_hashes(value, f"{where}.{index}".lstrip("."), into)
+            collect_hashes(value, f"{where}.{index}".lstrip("."), into)
 
 
 def collect(recipe: Recipe) -> dict[str, Any]:
@@ -105,6 +116,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
             "accumulation": accumulation,
         },
         "data": data_hashes(recipe),
+        "site": site.of_environment(),
         "git": git(),
         "python": sys.version.split()[0],
         "executable": sys.executable,
@@ -116,6 +128,7 @@ def collect(recipe: Recipe) -> dict[str, Any]:
         # Set by `lab notebook` for the copy that it executes.
         "notebook": os.environ.get("ASCENT_NOTEBOOK"),
         "packages": packages(),
+        "lock_sha256": _sha256(SOURCE / "requirements.lock"),
     }
 
 
@@ -131,6 +144,13 @@ def write(path: Path, recipe: Recipe) -> dict[str, Any]:
         found = {**first, "resumed": [*first.get("resumed", []), again]}
     write_atomic(target, json.dumps(found, indent=1, ensure_ascii=False, default=str))
     return found
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:  # installed without the source tree
+        return None
 
 
 def _user() -> str | None:

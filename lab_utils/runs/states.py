@@ -77,6 +77,8 @@ def derive(stored: str | None, beat: float | None, now: float, job: JobState) ->
     if stored not in ACTIVE and stored != "created":
         return stored
     age = now - (beat or 0.0)
+    if job == JobState.PENDING and stored in ("running", "stopping") and age > STALE_SECONDS:
+        return "queued"  # its scheduler took the nodes without a word and will start it again
     if job == JobState.GONE and age > STALE_SECONDS:
         return "lost"
     if job == JobState.UNKNOWN and age > STALE_SECONDS_ELSEWHERE:

@@ -1,6 +1,6 @@
 """Where metrics go: metrics.jsonl always, W&B and the console beside it. A sink that fails never stops a run.
 
-The engine makes one ``MultiSink`` on rank 0 and talks to nothing else::
+The engine makes one ``MultiSink`` on the first rank of a node and talks to nothing else::
 
     sinks = make_sinks(recipe)
     sinks.open(run_dir, recipe, provenance)
@@ -11,6 +11,7 @@ The engine makes one ``MultiSink`` on rank 0 and talks to nothing else::
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -45,6 +46,8 @@ class Sink(Protocol):
 class MultiSink:
     """Several sinks as one. A sink that raises is dropped with one warning, and the others hear of it.
 
+    May be called from several threads: alerts come from beside the loop.
+
     Args:
         sinks: in the order in which they are called; the first is the record, usually ``JsonlSink``.
     """
@@ -52,13 +55,15 @@ class MultiSink:
     def __init__(self, sinks: Sequence[Sink]):
         self.sinks = list(sinks)
         self.dropped: list[str] = []
+        self._lock = threading.RLock()
 
     def _each(self, method: str, *arguments: Any) -> None:
-        for sink in list(self.sinks):
-            try:
-                getattr(sink, method)(*arguments)
-            except Exception as error:
-                self._drop(sink, method, error)
+        with self._lock:
+            for sink in list(self.sinks):
+                try:
+                    getattr(sink, method)(*arguments)
+                except Exception as error:
+                    self._drop(sink, method, error)
 
     def _drop(self, sink: Sink, method: str, error: Exception) -> None:
         self.sinks.remove(sink)
@@ -85,13 +90,16 @@ class MultiSink:
         self._each("close", state)
 
 
-def make_sinks(recipe: Recipe, *, console: bool = True) -> MultiSink:
-    """The sinks that ``recipe.tracking`` asks for; metrics.jsonl is always the first."""
-    sinks: list[Sink] = [JsonlSink()]
+def make_sinks(recipe: Recipe, *, console: bool = True, node: int = 0) -> MultiSink:
+    """The sinks that ``recipe.tracking`` asks for; metrics.jsonl is always the first.
+
+    A node other than the first has only its own W&B run, for its chips.
+    """
+    sinks: list[Sink] = [JsonlSink()] if node == 0 else []
     if recipe.tracking.wandb != "disabled":
         from lab_utils.telemetry.wandb import WandbSink
 
-        sinks.append(WandbSink())
-    if console:
+        sinks.append(WandbSink(node))
+    if console and node == 0:
         sinks.append(ConsoleSink())
     return MultiSink(sinks)

@@ -116,6 +116,16 @@ def test_a_killed_run_is_resumed_to_its_end(done: RunDirectory) -> None:
     assert any(row["kind"] == "resumed" for row in done.rows("events.jsonl"))
 
 
+def test_a_run_that_ends_leaves_its_card_and_an_audit(done: RunDirectory) -> None:
+    card = json.loads((done.path / "card.json").read_text())
+    assert card["state"] == "succeeded" and card["steps"] == done.recipe.schedule.steps
+    assert card["audit"]["every_weight_moved"] is True
+    assert len(card["attempts"]) == 2 and card["wall_clock_s"] > 0
+    assert card["hardware"]["kind"] == "cpu" and card["energy_kwh"] is None and card["mfu"] > 0
+    assert card["data"]["sources"][0]["tokens_per_pass"] > 0
+    assert (done.path / "card.html").is_file() and (done.path / "card.md").is_file()
+
+
 def test_every_tensor_is_changed_the_indexer_included(
     done: RunDirectory, capsys: pytest.CaptureFixture
 ) -> None:

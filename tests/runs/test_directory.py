@@ -205,6 +205,8 @@ def test_a_late_worker_does_not_undo_a_request_to_stop():
         ("running", 60, JobState.GONE, "lost"),
         ("queued", 60, JobState.GONE, "lost"),
         ("queued", 9999, JobState.PENDING, "queued"),
+        ("running", 60, JobState.PENDING, "queued"),  # its nodes were taken, and it waits for others
+        ("running", 1, JobState.PENDING, "running"),  # it has just started: the answer is older
         ("running", 60, JobState.UNKNOWN, "running"),
         ("running", 9999, JobState.UNKNOWN, "lost"),
         ("succeeded", 9999, JobState.GONE, "succeeded"),

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from lab_utils.accelerators._hidden import setting
 from lab_utils.telemetry.chips import ChipReading
 
 MIB = 2**20
@@ -38,7 +39,7 @@ def count() -> int:
     except pynvml.NVMLError:
         return 0
     try:
-        return len(visible(pynvml.nvmlDeviceGetCount(), os.environ.get("CUDA_VISIBLE_DEVICES")))
+        return len(visible(pynvml.nvmlDeviceGetCount(), setting("CUDA_VISIBLE_DEVICES")))
     finally:
         pynvml.nvmlShutdown()
 
@@ -81,9 +82,26 @@ class CudaProbe:
                     total_mib=None if memory is None else memory.total / MIB,
                     power=None if milliwatts is None else milliwatts / 1000,
                     temp=self._ask(nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU),
+                    more={"health": self._health(handle)},
                 )
             )
         return readings
+
+    def _health(self, handle: Any) -> str | None:
+        """Of the board's memory, the one part that NVML judges; None on boards without error correction."""
+        nvml = self.nvml
+        remapped = self._ask(
+            nvml.nvmlDeviceGetRemappedRows, handle
+        )  # corrected, uncorrected, pending, failed
+        kind, since = nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+        errors = self._ask(nvml.nvmlDeviceGetTotalEccErrors, handle, kind, since)
+        if remapped is None and errors is None:
+            return None
+        if remapped and remapped[3]:
+            return "Row remapping failed"
+        if errors:
+            return "Uncorrected memory errors"
+        return "Reset needed" if remapped and remapped[2] else "OK"
 
 
 def make(chips: int | None) -> CudaProbe:

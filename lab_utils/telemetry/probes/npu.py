@@ -1,9 +1,12 @@
-"""Ascend NPU: the text of npu-smi, read by its structure and never by columns.
+"""Ascend NPU: the text of npu-smi, read by its structure and never by columns, or an NPU-Exporter.
 
 Two forms are understood. The table of ``npu-smi info`` has two rows a die and changes width between releases
 (96 dashes up to 25.x, 114 in 26.x), so rows are split at ``|``; on the 910C the second die's power is ``-``,
 because the first reports for the package. The key-value forms (``-t common``, ``-t usages``) name the chip
 before or after its values; they stand in where the table does not parse.
+
+Where an NPU-Exporter answers on this node, or ``ASCENT_NPU_EXPORTER`` names one, it is asked instead: it costs a
+request, where npu-smi takes seconds.
 """
 
 from __future__ import annotations
@@ -14,11 +17,14 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 
 from lab_utils.telemetry.chips import ChipReading
+from lab_utils.telemetry.probes import _exporter
 
 # A full report over eight chips takes about 5 s.
 TIMEOUT = 30.0
+VISIBLE = "ASCEND_RT_VISIBLE_DEVICES"
 _BUS = re.compile(r"^[0-9A-Fa-f]{4}:[0-9A-Fa-f]{2}:[0-9A-Fa-f]{2}\.[0-9A-Fa-f]$")
 _PAIR = re.compile(r"([\d.]+|-|NA)\s*/\s*([\d.]+|-|NA)")
 _VALUES = {"HBM Usage Rate(%)", "Aicore Usage Rate(%)", "NPU Real-time Power(W)", "Temperature(C)"}
@@ -157,30 +163,49 @@ def count() -> int:
     if shutil.which("npu-smi") is None and not os.path.exists("/dev/davinci_manager"):
         return 0
     total = len([d for d in glob.glob("/dev/davinci*") if d.removeprefix("/dev/davinci").isdigit()])
-    return len(visible(total, os.environ.get("ASCEND_RT_VISIBLE_DEVICES")))
+    return len(visible(total, os.environ.get(VISIBLE)))
 
 
 class NpuProbe:
     """Args:
     chips: how many of the visible devices the run uses; None = all.
     run: stands in for ``npu_smi`` in tests.
+    exporter: address of an NPU-Exporter, which is asked instead of npu-smi.
     """
 
-    min_interval = 10.0
-
-    def __init__(self, chips: int | None, run: Callable[..., str] = npu_smi):
-        self.chips, self.run = chips, run
+    def __init__(
+        self, chips: int | None, run: Callable[..., str] = npu_smi, exporter: str | None = None
+    ) -> None:
+        self.chips, self.run, self.exporter = chips, run, exporter
+        self.min_interval = 1.0 if exporter else 10.0
+        self._capacity: dict[int, dict[int, float | None]] = {}
 
     def read(self) -> list[ChipReading]:
-        readings = parse_table(self.run("info"))
-        if not readings:
-            for npu in parse_ids(self.run("info", "-l")):
-                readings += parse_key_values(self.run("info", "-t", "common", "-i", str(npu)))
+        readings = _exporter.read(self.exporter) if self.exporter else self._table() or self._key_values()
+        chosen = visible(len(readings), os.environ.get(VISIBLE))[: self.chips]
+        return [readings[device] for device in chosen]
+
+    def _table(self) -> list[ChipReading]:
+        return parse_table(self.run("info"))
+
+    def _key_values(self) -> list[ChipReading]:
+        """Products whose table has another form: one or two calls an NPU."""
+        readings: list[ChipReading] = []
+        for npu in parse_ids(self.run("info", "-l")):
+            found = parse_key_values(self.run("info", "-t", "common", "-i", str(npu)))
+            if npu not in self._capacity:  # it never changes, and `common` doesn't have it
+                usages = parse_key_values(self.run("info", "-t", "usages", "-i", str(npu)))
+                self._capacity[npu] = dict(enumerate(reading.total_mib for reading in usages))
+            for chip, reading in enumerate(found):
+                capacity = self._capacity[npu].get(chip)
+                if capacity and reading.used_mib is not None and reading.total_mib:
+                    share = reading.used_mib / reading.total_mib
+                    reading = replace(reading, used_mib=share * capacity, total_mib=capacity)
+                readings.append(replace(reading, index=len(readings)))
         if not readings:
             raise RuntimeError("npu-smi info printed no table that is understood")
-        chosen = visible(len(readings), os.environ.get("ASCEND_RT_VISIBLE_DEVICES"))[: self.chips]
-        return [readings[device] for device in chosen]
+        return readings
 
 
 def make(chips: int | None) -> NpuProbe:
-    return NpuProbe(chips)
+    return NpuProbe(chips, exporter=_exporter.endpoint())
