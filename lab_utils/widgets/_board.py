@@ -56,7 +56,7 @@ class Board:
         self._panels = panels_of(_objective(run))
         self._working: Thread | None = None
         self._asked_twice = 0.0  # until when a second press of "Stop now" counts
-        self._unseen, self._shown = Changes(), time.monotonic()
+        self._unseen, self._shown = Changes(), -1e9
         self._build()
         self.handle: _pulse.Handle
         self.start()
@@ -107,6 +107,11 @@ class Board:
             self.say(f"The view could not be brought up to date ({type(error).__name__}: {error}).", bad=True)
             raise
 
+    @property
+    def behind(self) -> bool:
+        """Whether there was more to read at the last look than fitted into it."""
+        return self._unseen.behind
+
     def _look(self) -> None:
         changes = self._unseen = self.follower.poll(SLICE) + self._unseen
         if not self.follower.status and not self.run.path.is_dir():
@@ -120,7 +125,7 @@ class Board:
             if time.monotonic() - self._shown < EVERY:
                 return
         self._show(changes, now)
-        self._shown, self._unseen = time.monotonic(), Changes()
+        self._shown, self._unseen = time.monotonic(), Changes(behind=changes.behind)
         if now.over and not changes.behind:
             self.handle.cancel()
 
@@ -129,7 +134,7 @@ class Board:
         waiting = waiting_for(now)
         self.curves.waiting = waiting
         self.journal.waiting = "The ranks have written nothing yet."
-        self.chips.waiting = _waiting_for_chips(now, self.run)
+        self.chips.waiting = _waiting_for_chips(now)
         self._enable(now)
         if changes.bucket is not None or not self.curves.panels:
             self.curves.update(self.follower.series.buckets, changes.bucket or 0, self._panels)
@@ -278,7 +283,7 @@ def _objective(run: Run) -> str:
         return ""
 
 
-def _waiting_for_chips(now: Standing, run: Run) -> str:
+def _waiting_for_chips(now: Standing) -> str:
     if now.state in FINAL:
         return "no samples in this run"
     if now.state in ("created", "queued"):

@@ -13,8 +13,9 @@ from lab_utils.recipe import Recipe
 from lab_utils.runs._appended import Appended
 from lab_utils.runs.api import Run
 from lab_utils.runs.directory import create
+from lab_utils.runs.follow import Follower
 from lab_utils.runs.series import Buckets, Series
-from lab_utils.telemetry import jsonl
+from lab_utils.telemetry import chip_log, jsonl
 
 RECIPE = Recipe.parse({"data": {"train": [{"manifest": "ascent-tasks-sft"}]}})
 
@@ -124,7 +125,7 @@ def check(series: Series, run: Run) -> None:
 
 
 @given(histories(), st.lists(st.integers(1, 200), max_size=30), st.sampled_from([4, 8, 16, 576]))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_followed_metrics_are_those_of_the_run_whatever_its_history(tmp_path_factory, rows, cuts, capacity):
     run = create(RECIPE, tmp_path_factory.mktemp("history"))
     path, series = run.path / "metrics.jsonl", Series(run.path / "metrics.jsonl", capacity)
@@ -178,3 +179,148 @@ def test_infinite_and_missing_numbers_leave_a_gap():
     buckets.add(2, {"a": math.inf})
     assert np.isnan(buckets.table(0, 3, ["a"])).all() and not buckets.has("a") and buckets.has("b")
     assert not buckets.has("c") and np.isnan(buckets.table(0, 3, ["c"])).all()
+
+
+# -- chips, logs, samples ----------------------------------------------------------------------------------------------
+
+
+def chips(*used, **more):
+    return [{"index": i, "util": u, **more} for i, u in enumerate(used)]
+
+
+def follow(tmp_path) -> Follower:
+    follower = Follower(tmp_path)
+    follower.catch_up()
+    return follower
+
+
+def again(follower: Follower):
+    """Another poll, chips and logs included."""
+    follower._chips_at = follower.chips._listed = follower.logs._listed = -1e9
+    return follower.catch_up()
+
+
+def test_of_chips_the_newest_reading_and_a_short_history_are_kept(tmp_path):
+    path = chip_log.node_file(tmp_path, 4)
+    add(path, *({"time": 100.0 + 2 * i, "chips": chips(i % 100, 50.0)} for i in range(2000)))
+    follower = follow(tmp_path)
+    node = follower.chips.nodes[4]
+    assert node.time == 100.0 + 2 * 1999 and node.chips[0]["util"] == 99 and node.interval == 2.0
+    assert 5 < len(node.history) <= 60 and node.history[-1] == (node.time, 74.5, 50.0)
+    add(path, {"time": 5000.0, "chips": chips(7.0)})
+    assert again(follower).chips == {4} and node.chips == chips(7.0)
+    assert not again(follower), "nothing new"
+
+
+def test_nodes_that_begin_later_are_found_and_damaged_rows_are_passed_over(tmp_path):
+    follower = follow(tmp_path)
+    assert follower.chips.nodes == {}
+    add(
+        chip_log.node_file(tmp_path, 0),
+        {"time": "x", "chips": []},
+        {"time": 1.0, "chips": None},
+        {"chips": []},
+    )
+    add(chip_log.node_file(tmp_path, 12), {"time": 1.0, "chips": [*chips(1.0), "?"]})
+    again(follower)
+    assert follower.chips.nodes[12].chips == chips(1.0) and follower.chips.nodes[0].chips == []
+
+
+def test_the_worst_node_is_sick_then_silent_then_idle(tmp_path):
+    now = 10_000.0
+    for number, row in {
+        0: {"time": now, "chips": chips(80.0, 90.0)},
+        1: {"time": now, "chips": chips(99.0, 3.0)},
+        2: {"time": now - 500, "chips": chips(70.0)},
+        3: {"time": now, "chips": chips(70.0, health="Critical")},
+        4: {"time": now, "chips": [{"index": 0}]},
+    }.items():
+        add(chip_log.node_file(tmp_path, number), row)
+    follower = follow(tmp_path)
+    assert [node.number for node in follower.chips.worst_first(now)] == [3, 2, 1, 0, 4]
+
+
+def test_a_log_is_followed_from_its_end_and_a_progress_bar_is_its_last_word(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "launcher.log").write_text("started\n")
+    follower = follow(tmp_path)
+    assert follower.logs.shown == "launcher.log" and follower.logs.lines == ["started"]
+    (logs / "rank-0.log").write_text("".join(f"line {i}\n" for i in range(5000)) + " 1%|\r 2%|\r 3%|\n")
+    assert again(follower).log
+    assert follower.logs.shown == "rank-0.log" and follower.logs.lines[-1] == " 3%|"
+    assert len(follower.logs.lines) == 80 and not again(follower).log
+
+
+def test_equal_errors_are_one_and_those_of_an_earlier_attempt_are_history(tmp_path):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    for rank in range(100):
+        (logs / f"rank-{rank}.log").write_text(
+            f"--- rank {rank}, process 7, now\nValueError: no\nFATAL {rank % 2}\n"
+        )
+    follower = follow(tmp_path)
+    for _ in range(4):  # a few dozen files at a time
+        again(follower)
+    errors = follower.logs.errors
+    assert set(errors) == {"ValueError: no", "FATAL 0", "FATAL 1"}
+    assert errors["ValueError: no"].count == len(errors["ValueError: no"].files) == 100
+    for rank in range(0, 100, 2):
+        with (logs / f"rank-{rank}.log").open("a") as stream:
+            stream.write(f"--- rank {rank}, process 8, later\nfine\n")
+    for _ in range(4):
+        again(follower)
+    assert set(errors) == {"ValueError: no", "FATAL 1"} and len(errors["ValueError: no"].files) == 50
+
+
+@pytest.mark.parametrize(
+    ("line", "is_error"),
+    [
+        ("torch.OutOfMemoryError: NPU out of memory", True),
+        ("2026-11-25 10:00:00 ERROR hccl: timeout", True),
+        ("slurmstepd: error: *** JOB 7 ON n1 CANCELLED", True),
+        ("error: batch does not divide.", True),
+        ("ValueError", True),
+        ("step 3: loss 0.1, 0 errors, no exceptions", False),
+        ("[W CUDAErrorHandling] all fine", False),
+        ("  error_file: <N/A>", False),
+        ("ErrorRate 0.1", False),
+    ],
+)
+def test_what_looks_like_an_error(tmp_path, line, is_error):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "rank-3.log").write_text(line + "\n")
+    assert (line.strip() in follow(tmp_path).logs.errors) == is_error
+
+
+def test_samples_and_events_are_the_newest_and_a_replaced_file_starts_anew(tmp_path):
+    add(tmp_path / "samples.jsonl", *({"step": i, "completion": "x" * 5000} for i in range(300)))
+    add(tmp_path / "events.jsonl", {"kind": "checkpoint"})
+    follower = follow(tmp_path)
+    assert [row["step"] for row in follower.samples] == list(range(288, 300))
+    assert list(follower.events) == [{"kind": "checkpoint"}]
+    add(tmp_path / "new", {"step": 1})
+    (tmp_path / "new").replace(tmp_path / "samples.jsonl")
+    assert again(follower).samples and list(follower.samples) == [{"step": 1}]
+
+
+def test_a_poll_ends_when_its_time_is_up_and_the_next_goes_on(tmp_path):
+    rows = (json.dumps({"step": s, "a": s, "b": "x" * 200}) + "\n" for s in range(1, 6001))
+    (tmp_path / "metrics.jsonl").write_text("".join(rows))
+    follower, polls = Follower(tmp_path), 1
+    changes = follower.poll(0.0)
+    assert changes.behind and 0 < follower.series.newest < 6000
+    while changes.behind:
+        changes, polls = follower.poll(0.0) + changes, polls + 1
+    assert follower.series.newest == 6000 and polls > 5 and changes.bucket == 0
+
+
+def test_status_time_left_and_changes(tmp_path):
+    follower = follow(tmp_path)
+    assert not follower.poll() and follower.seconds_left() is None
+    (tmp_path / "status.json").write_text(json.dumps({"state": "running", "step": 3, "total_steps": 10}))
+    add(tmp_path / "metrics.jsonl", *({"step": s, "time": 5.0 * s, "a": 1} for s in (1, 2, 3)))
+    changes = follower.poll()
+    assert changes.status and changes.bucket == 1 and follower.seconds_left() == 35.0
+    (tmp_path / "status.json").write_text("{half")
+    assert not follower.poll().status and follower.status["state"] == "running"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 
+import nbformat
 import pytest
 from playwright.sync_api import Page, expect
 
@@ -35,18 +36,6 @@ def button(page: Page, name: str):
     return page.locator(f"{OUTPUT} button.jupyter-button", has_text=re.compile(rf"^\s*{name}…?\s*$")).last
 
 
-def run_cell_below(page: Page, code: str) -> None:
-    """A new cell at the end of the notebook, run."""
-    cells = page.locator(".jp-Notebook-cell")
-    before = cells.count()
-    page.locator(".jp-Notebook-footer").click()
-    expect(cells).to_have_count(before + 1)
-    cells.last.locator(".cm-content").click()
-    page.keyboard.insert_text(code)
-    expect(cells.last).to_contain_text(code.splitlines()[-1][:20])
-    page.keyboard.press("Shift+Enter")
-
-
 def state(page: Page, word: str, timeout: int) -> None:
     expect(page.locator(".lab-live .widget-html-content").first).to_contain_text(word, timeout=timeout)
 
@@ -65,6 +54,15 @@ def opened(page: Page, address: str) -> None:
     page.wait_for_selector(".jp-Notebook-cell")
     expect(page.get_by_text("| Idle").first).to_be_visible()
     page.wait_for_timeout(1000)
+
+
+def run_notebook(lab, page: Page, name: str, code: str) -> None:
+    """A notebook of one cell, opened and run: what somebody types who comes back."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(book, lab.folder / "notebooks" / name)
+    opened(page, lab.address(name))
+    command(page, "Run", "Run All Cells")
 
 
 def pick(page: Page, recipe: str) -> None:
@@ -105,7 +103,7 @@ def test_from_the_form_to_a_comparison(lab, screen):
     expect(page.locator(".lab-form .lab-message").first).to_be_visible()
     expect(button(page, "Launch")).to_be_disabled()
     screen.shot("2-mistake")
-    type_into(page, "schedule.steps", "60")
+    type_into(page, "schedule.steps", "40")
     type_into(page, "schedule.batch_tokens", "2048")
     expect(button(page, "Launch")).to_be_enabled()
 
@@ -137,23 +135,17 @@ def test_from_the_form_to_a_comparison(lab, screen):
     command(page, "Kernel", "Restart Kernel…")
     page.locator(".jp-Dialog button", has_text="Restart").click()
     page.wait_for_timeout(3000)
-    run_cell_below(page, "from lab_utils import LiveView, attach\nLiveView(attach('last'))")
+    run_notebook(lab, page, "again.ipynb", "from lab_utils import LiveView, attach\nLiveView(attach('last'))")
     expect(button(page, "Resume")).to_be_enabled(timeout=240_000)
     button(page, "Resume").click()
-    expect(
-        page.locator(".lab-live .widget-html-content").last.or_(page.locator(".lab-live")).last
-    ).to_be_visible()
     expect(page.locator(".lab-live").last).to_contain_text("succeeded", timeout=480_000)
     page.locator(".lab-live").last.scroll_into_view_if_needed()
     screen.shot("6-resumed")
 
     # A fork beside it, and both compared in the table of runs.
-    run_cell_below(
-        page,
-        "from lab_utils import launch\n"
-        "changes = {'optim.lr': 5e-4, 'schedule.steps': 12, 'schedule.warmup_steps': 2}\n"
-        "launch(attach('last').fork(changes)).wait(); 'forked'",
-    )
+    changes = {"optim.lr": 5e-4, "schedule.steps": 12, "schedule.warmup_steps": 2}
+    code = f"from lab_utils import attach, launch\nlaunch(attach('last').fork({changes})).wait()\n'forked'"
+    run_notebook(lab, page, "forked.ipynb", code)
     expect(page.locator(OUTPUT, has_text="'forked'").last).to_be_visible(timeout=480_000)
     opened(page, lab.address("50_runs.ipynb"))
     command(page, "Run", "Run All Cells")
