@@ -127,7 +127,8 @@ class Panel {
         }
         const smooth = state.smoothing > 0 && found.x.length > 20 && !line.dots && !base && spec.kind !== "exact";
         found.shown = smooth ? smoothed(found.y, state.smoothing) : found.y;
-        this.lines.push({ ...found, color, name, smooth, dots: line.dots, dashed: several && place > 0 });
+        this.lines.push({ ...found, color, name, smooth, dots: line.dots, dashed: several && place > 0, run: several,
+          label: line.label });
       });
     });
     // A part that never took any time is no part.
@@ -201,13 +202,15 @@ class Panel {
   // The newest values beside the title, or those at a step.
   head(step) {
     this.now.replaceChildren();
-    for (const line of this.lines) {
+    for (const line of this.lines.filter((each) => !each.dashed)) {
       const at = step === null ? line.x.length - 1 : nearest(line.x, step);
       const item = tag("span", "lab-key", this.now);
       if (this.lines.length > 1) tag("i", "", item).style.background = line.color;
       const value = label(line.shown === line.y || step === null ? line.y[at] : line.shown[at]);
-      item.append(this.lines.length > 1 ? `${line.name} ${value}` : value);
+      item.append(this.lines.length > 1 && !line.run ? `${line.name} ${value}` : value);
     }
+    const dashed = this.lines.find((line) => line.dashed);
+    if (dashed) tag("span", "lab-unit", this.now, `${this.spec.lines[0].label}; dashed: ${dashed.label}`);
   }
 
   hover(step, here) {
@@ -244,6 +247,7 @@ function render({ model, el }) {
   const slider = tag("input", "", null), shown = tag("output", "", null), buffers = [], views = [];
   Object.assign(slider, { type: "range", min: 0, max: 0.98, step: 0.02 });
   slider.setAttribute("aria-label", "smoothing");
+  const runs = tag("span", "lab-runs-key", bar);
   bar.append("smoothing", slider, shown);
   let panels = [], spec = "", frame = 0, smoothing = model.get("smoothing");
 
@@ -271,6 +275,13 @@ function render({ model, el }) {
     shown.textContent = smoothing.toFixed(2);
     slider.value = smoothing;
     const now = state();
+    runs.replaceChildren();
+    if (now.tables.length > 1)
+      now.tables.forEach((table, i) => {
+        const key = tag("span", "lab-key", runs);
+        tag("i", "", key).style.background = COLORS[i % COLORS.length];
+        key.append(table.label);
+      });
     for (const panel of panels) if (!panel.spec.more || more.open) panel.draw(now);
   }
   const schedule = () => { frame ||= requestAnimationFrame(draw); };
