@@ -34,6 +34,8 @@ from lab_utils.recipe.sections import (
 from lab_utils.registry import load as load_member
 from lab_utils.registry import members, nearest
 
+# libyaml's is ten times as fast, which a table of many runs notices.
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 OBJECTIVES = ("sft", "preference", "reward", "grpo", "distill")
 UNHASHED = (
     "name",
@@ -127,7 +129,7 @@ class Recipe(Section):
         path = Path(source)
         if path.suffix in (".yaml", ".yml"):
             try:
-                tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+                tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_LOADER)
             except FileNotFoundError:
                 raise RecipeError(f"{path}: there is no such recipe file; check the path.") from None
             except yaml.YAMLError as error:

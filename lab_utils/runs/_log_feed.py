@@ -24,6 +24,7 @@ _ERROR = re.compile(
     r"\b(?:ERROR|FATAL|CRITICAL)\b|^error: |\b\w*(?:Error|Exception)(?:: |$)|\b[Oo]ut of memory\b|"
     r"\bSegmentation fault\b|\bwas killed by\b|^slurmstepd: error"
 )
+_NUMBER = re.compile(r"\b\d+(?:\.\d+)?\b")
 # What torchrun prints around the error proper.
 _FRAME = re.compile(r"^\s*(?:error_file|traceback)\s*:|ChildFailedError|^E\d{4} .*failed \(exitcode")
 
@@ -33,7 +34,7 @@ class ErrorLine:
     """A line that looks like an error.
 
     Attributes:
-        text: the line.
+        text: the line, as it came last.
         file: the log in which it was first seen.
         files: logs that have it.
         count: how often it came.
@@ -43,7 +44,7 @@ class ErrorLine:
     text: str
     file: str
     files: set[str]
-    count: int = 1
+    count: int = 0
     advice: str = ""
 
 
@@ -53,7 +54,7 @@ class LogFeed:
     Attributes:
         shown: name of the log whose end is kept.
         lines: the end of it.
-        errors: of all logs and the present attempt, the newest last; equal lines are one.
+        errors: of all logs and the present attempt, the newest last; lines that differ in numbers alone are one.
     """
 
     def __init__(self, run_path: Path):
@@ -100,20 +101,23 @@ class LogFeed:
         return changed
 
     def _note(self, name: str, text: str) -> None:
-        found = self.errors.pop(text, None) or ErrorLine(text, name, set(), 0, _advice(text))
+        advice = _advice(text)
+        key = f"{_NUMBER.sub('#', text)} {advice}"  # ranks, steps and times don't make it another error
+        found = self.errors.pop(key, None) or ErrorLine(text, name, set(), advice=advice)
+        found.text = text
         found.files.add(name)
         found.count += 1
-        self.errors[text] = found
+        self.errors[key] = found
         while len(self.errors) > ERRORS:
             del self.errors[next(iter(self.errors))]
 
     def _forget(self, name: str) -> bool:
         """Another attempt begins in this log: errors of the one before are history."""
         before = len(self.errors)
-        for error in list(self.errors.values()):
+        for key, error in list(self.errors.items()):
             error.files.discard(name)
             if not error.files:
-                del self.errors[error.text]
+                del self.errors[key]
         return len(self.errors) != before
 
 

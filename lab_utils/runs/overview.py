@@ -87,7 +87,7 @@ class Overview:
 
     def rows(self) -> list[Row]:
         """Every run, newest first."""
-        folders = [path for path in self._folders() if any((path / name).exists() for name in FILES[:2])]
+        folders = [path for path in self._folders() if any(_there(path / name) for name in FILES[:2])]
         ordered = sorted(map(RunDirectory, folders), key=_age, reverse=True)
         rows = [self._row(run) for run in ordered]
         self._kept = {row.path: self._kept[row.path] for row in rows}
@@ -165,6 +165,13 @@ def _last(path: Path) -> dict[str, float]:
     for _, found in sorted(merge_steps(parsed).items()):
         values |= found
     return {key: value for key in KEYS if (value := number(values.get(key))) is not None}
+
+
+def _there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # the folder of somebody who lets nobody in: a row that says so
+        return True
 
 
 def _signature(path: Path) -> tuple[int, int] | None:

@@ -79,6 +79,7 @@ class Grid(anywidget.AnyWidget):
         order: the column that is sorted by, and whether downwards.
         chosen: names of the rows that are chosen.
         waiting: what is said where there is no row.
+        watched: pages that show it; -1 before the first.
     """
 
     _esm = (STATIC / "runs.js").read_text(encoding="utf-8")
@@ -88,6 +89,7 @@ class Grid(anywidget.AnyWidget):
     order = t.List([0, False]).tag(sync=True)
     chosen = t.List(t.Unicode()).tag(sync=True)
     waiting = t.Unicode("").tag(sync=True)
+    watched = t.Int(-1).tag(sync=True)
 
     def show(self, rows: list[Row], waiting: str) -> None:
         """Bring the grid to these rows; columns that no row has anything in are left out."""

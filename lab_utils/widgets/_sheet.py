@@ -20,6 +20,7 @@ from lab_utils.errors import LabError, RecipeError
 from lab_utils.launchers._base import options_class, options_of
 from lab_utils.recipe import Recipe
 from lab_utils.recipe.recipe import takes_samples
+from lab_utils.runs.compare import flat
 from lab_utils.widgets._field import MISSING, Field
 from lab_utils.widgets._schema import Group, groups, option_fields
 
@@ -198,7 +199,7 @@ def difference(base: Recipe, recipe: Recipe) -> list[tuple[str, Any, Any]]:
 
     Where only one of them has a key (another kind of objective), its default is no difference.
     """
-    was, now = _flat(base.model_dump(mode="json")), _flat(recipe.model_dump(mode="json"))
+    was, now = flat(base.model_dump(mode="json")), flat(recipe.model_dump(mode="json"))
     defaults = {**_defaults(base.objective.kind), **_defaults(recipe.objective.kind)}
     found = []
     for key in dict.fromkeys([*now, *was]):
@@ -230,14 +231,3 @@ def _field_of(key: str) -> Field:
 
 def _untouched(field: Field) -> Any:
     return field.empty if field.default is MISSING else field.show(field.default)
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Values by dotted key; lists are values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

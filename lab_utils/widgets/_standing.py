@@ -19,6 +19,7 @@ from lab_utils.widgets._words import badge, number, span, text
 T = TypeVar("T")
 SOFT = "color:var(--jp-ui-font-color2,#616e7c)"
 BAD = "color:var(--jp-error-color0,#c62828)"
+ERRORS = 3  # that are not folded away
 
 
 class Asker(Generic[T]):
@@ -35,11 +36,11 @@ class Asker(Generic[T]):
             self._thread = Thread(target=self._run, name="ascent-asker", daemon=True)
             self._thread.start()
 
-    def wait(self) -> T | None:
-        """The answer, of a question asked now."""
+    def wait(self, timeout: float | None = None) -> T | None:
+        """The answer of a question asked now; the one before, if that takes longer than ``timeout`` seconds."""
         self.ask(0.0)
         if (thread := self._thread) is not None:
-            thread.join()
+            thread.join(timeout)
         return self.answer
 
     def forget(self) -> None:
@@ -200,6 +201,10 @@ def errors_html(rows: list[dict[str, str]]) -> str:
         advice = f'<div class="lab-advice">{text(row["advice"])}</div>' if row["advice"] else ""
         where = f'<span class="lab-where" style="{SOFT}">{text(row["where"])}</span>'
         parts.append(f'<div class="lab-error" style="{BAD}">{where} {text(row["text"])}{advice}</div>')
+    rest = len(parts) - ERRORS
+    if rest > 0:
+        folded = f'<summary style="{SOFT};cursor:pointer">{rest} more</summary>{"".join(parts[ERRORS:])}'
+        parts[ERRORS:] = [f"<details>{folded}</details>"]
     return "".join(parts)
 
 

@@ -69,6 +69,8 @@ def _metrics(buckets: Buckets, objective: str) -> str:
             points = buckets.table(0, buckets.size, [STEP, line["key"]])
             points = points[np.isfinite(points[:, 1, 0])]
             mean, low, high = (points[:, 1, i] * panel.scale for i in range(3))
+            if panel.kind == "area" and not mean.any():
+                continue  # a part that never took any time is no part
             name = panel.title if len(keys) == 1 else f"{panel.title}: {line['label']}"
             values = [number(float(v)) for v in (mean[0], mean[-1], low.min(), high.max())]
             rows.append([text(name), *values, text(panel.unit), _spark(points[:, 0, 0], mean)])

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import html
 import threading
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ipywidgets as w
 
-from lab_utils.errors import LabError, RecipeError
+from lab_utils.errors import RecipeError
 from lab_utils.recipe import Recipe
 from lab_utils.registry import members
 from lab_utils.runs.directory import write_atomic
 from lab_utils.widgets._field import Field
+from lab_utils.widgets._guard import guarded
 from lab_utils.widgets._job import Job
 from lab_utils.widgets._pages import Pages
 from lab_utils.widgets._picker import Picker
@@ -32,21 +31,6 @@ if TYPE_CHECKING:
     from lab_utils.runs.api import Run
     from lab_utils.widgets.form import LaunchForm
     from lab_utils.widgets.live import LiveView
-
-
-def guarded(handler: Callable[..., None]) -> Callable[..., None]:
-    """A handler whose errors end in the status line."""
-
-    @wraps(handler)
-    def safe(self: FormView, *arguments: Any) -> None:
-        try:
-            handler(self, *arguments)
-        except LabError as error:
-            self.say(str(error), bad=True)
-        except Exception as error:
-            self.say(f"{type(error).__name__}: {error}", bad=True)
-
-    return safe
 
 
 class FormView:

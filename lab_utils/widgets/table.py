@@ -9,40 +9,27 @@ It follows the folder: runs of others appear as they are launched, and a damaged
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import ipywidgets as w
 
-from lab_utils.errors import LabError, RunError
+from lab_utils.errors import RunError
 from lab_utils.panels.layout import PANELS
 from lab_utils.runs.api import Run
 from lab_utils.runs.compare import settings
 from lab_utils.runs.directory import RunDirectory
 from lab_utils.runs.overview import Overview, Row
+from lab_utils.widgets._guard import guarded
 from lab_utils.widgets._place import headless
 from lab_utils.widgets._pulse import subscribe
 from lab_utils.widgets._runs import Grid
+from lab_utils.widgets._standing import Asker
 
 EVERY = 2.0
+PATIENCE = 1.0  # seconds that the first look may keep a cell waiting
 MOST = 8  # runs whose curves are told apart by colour
-
-
-def guarded(handler: Callable[..., None]) -> Callable[..., None]:
-    """A handler whose errors end in the status line: a notebook would lose them."""
-
-    @wraps(handler)
-    def safe(self: RunTable, *arguments: Any) -> None:
-        try:
-            handler(self, *arguments)
-        except LabError as error:
-            self.say(str(error), bad=True)
-        except Exception as error:
-            self.say(f"{type(error).__name__}: {error}", bad=True)
-
-    return safe
 
 
 class RunTable:
@@ -56,10 +43,17 @@ class RunTable:
     def __init__(self, root: str | Path | None = None, *, follow: bool = True):
         self._overview = Overview(root)
         self.rows: list[Row] = []
+        self._reading, self._looks, self._brought = Lock(), 0, 0
+        self._asker = Asker(self._read)
         self._sure = False  # whether Delete was pressed once
         self._build()
-        self.look()
-        self._handle = subscribe(self.look, EVERY) if follow and not headless() else None
+        self._handle = None
+        if not follow or headless():
+            self.look()
+            return
+        self._asker.wait(PATIENCE)
+        self._beat()
+        self._handle = subscribe(self._beat, EVERY)
 
     @property
     def root(self) -> Path:
@@ -121,9 +115,32 @@ class RunTable:
     # -- showing -------------------------------------------------------------------------------------------
 
     def look(self) -> None:
-        """Read the folder again."""
-        self.rows = self._overview.rows()
-        self._show()
+        """Read the folder again, now."""
+        self._bring(self._read())
+
+    def _beat(self) -> None:
+        """In the timer's thread. The folder is read in another: it may be large, and of runs a scheduler is asked."""
+        if self.grid.watched == 0:  # it was on a page, and was cleared away
+            return
+        self._asker.ask(EVERY)
+        if self._asker.error is not None:
+            self.say(f"{self.root} cannot be read ({self._asker.error}).", bad=True)
+        if self._asker.answer is not None:
+            self._bring(self._asker.answer)
+        elif not self.rows:
+            self.grid.show([], f"Reading the runs of {self.root}…")
+
+    def _read(self) -> tuple[int, list[Row]]:
+        """The rows, and a number that is higher the later they were read."""
+        with self._reading:
+            self._looks += 1
+            return self._looks, self._overview.rows()
+
+    def _bring(self, read: tuple[int, list[Row]]) -> None:
+        number, rows = read
+        if number > self._brought:
+            self._brought, self.rows = number, rows
+            self._show()
 
     def _show(self) -> None:
         words = self.search.value.lower().split()

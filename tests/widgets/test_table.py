@@ -1,6 +1,8 @@
 """The table of runs without a browser: set values, click, look at the state."""
 
 import json
+import time
+from pathlib import Path
 
 import pytest
 
@@ -166,3 +168,80 @@ def test_without_anybody_to_click_it_is_a_plain_table(shown, monkeypatch):
     monkeypatch.setenv("ASCENT_HEADLESS", "1")
     page = view._repr_mimebundle_()["text/html"]
     assert all(run.name in page for run in runs)
+
+
+# -- as it follows the folder ------------------------------------------------------------------------------------------
+
+
+def until(condition, seconds=30.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "not in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def followed(tmp_path, monkeypatch):
+    """A table that looks by itself."""
+    monkeypatch.setenv("ASCENT_HEADLESS", "0")
+    monkeypatch.setattr(table, "EVERY", 0.02)
+    views = []
+
+    def make():
+        views.append(RunTable(tmp_path))
+        return views[-1]
+
+    yield make
+    for view in views:
+        view.close()
+
+
+def test_runs_of_others_appear_by_themselves(followed, tmp_path, recipe):
+    view = followed()
+    assert names(view) == [] and "There are no runs" in view.grid.waiting
+    run = ended(tmp_path, recipe, [2.0])
+    until(lambda: names(view) == [run.name])
+
+
+def test_a_slow_folder_or_scheduler_keeps_neither_the_cell_nor_the_timer_waiting(followed, monkeypatch):
+    monkeypatch.setattr(table, "PATIENCE", 0.05)
+    monkeypatch.setattr(table.Overview, "rows", lambda self: time.sleep(1.0) or [])
+    began = time.monotonic()
+    view = followed()
+    view._beat()
+    assert time.monotonic() - began < 0.9 and "Reading the runs" in view.grid.waiting
+    until(lambda: "There are no runs" in view.grid.waiting)
+
+
+def test_a_table_that_was_cleared_from_its_page_reads_nothing(followed, tmp_path, recipe):
+    view = followed()
+    view.grid.watched = 0
+    time.sleep(0.1)
+    looks = view._looks
+    time.sleep(0.1)
+    assert view._looks == looks
+    view.grid.watched = 1
+    until(lambda: view._looks > looks)
+
+
+def test_an_answer_from_before_brings_no_deleted_run_back(shown):
+    view, runs = shown
+    before = view._read()
+    runs[0].delete()
+    view.look()
+    view._bring(before)
+    assert runs[0].name not in names(view)
+
+
+def test_a_folder_that_lets_nobody_in_is_a_row_that_says_so(tmp_path, recipe, monkeypatch):
+    run = ended(tmp_path, recipe, [2.0])
+    real = Path.stat
+
+    def stat(self, **options):
+        if self.parent == run.path:
+            raise PermissionError(13, "Permission denied")
+        return real(self, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    view = RunTable(tmp_path, follow=False)
+    assert cell(view, run.name, "state") == "damaged" and "Permission denied" in view.rows[0].error

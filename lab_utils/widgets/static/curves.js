@@ -125,7 +125,7 @@ class Panel {
           found.top = found.y.map((y, i) => found.base[i] + y);
           found.x.forEach((x, i) => base.set(x, found.top[i]));
         }
-        const smooth = state.smoothing > 0 && found.x.length > 20 && !line.dots && !base && spec.kind !== "exact";
+        const smooth = state.smoothing > 0 && found.x.length > 40 && !line.dots && !base && spec.kind !== "exact";
         found.shown = smooth ? smoothed(found.y, state.smoothing) : found.y;
         this.lines.push({ ...found, color, name, smooth, dots: line.dots, dashed: several && place > 0, run: several,
           label: line.label });

@@ -65,8 +65,20 @@ function render({ model, el }) {
     });
   }
 
-  for (const name of ["rows", "columns", "order", "chosen", "waiting"]) model.on(`change:${name}`, draw);
+  const names = ["rows", "columns", "order", "chosen", "waiting"];
+  for (const name of names) model.on(`change:${name}`, draw);
+  watched(model, 1);
   draw();
+  return () => {
+    for (const name of names) model.off(`change:${name}`, draw);
+    watched(model, -1);
+  };
+}
+
+// Tells the kernel how many places show this, so that nobody reads the folder for a table that was cleared away.
+function watched(model, change) {
+  model.set("watched", Math.max(model.get("watched"), 0) + change);
+  model.save_changes();
 }
 
 export default { render };
