@@ -161,7 +161,8 @@ class ClusterSection(Section):
     nproc: int = Field(1, ge=1, description="Ranks on a node: one per device (910C: one per die).")
     threads: int | None = Field(None, ge=1, description="CPU threads a rank; absent: cores ÷ ranks.")
     options: dict[str, Any] = Field(
-        {}, description="The launcher's own settings, as a partition or an image: lab render --options NAME lists them."
+        {},
+        description="The launcher's own settings, as a partition or an image: lab render --options NAME lists them.",
     )
 
     @property

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ipywidgets
 import numpy as np
+import psutil
 import pytest
 
 from lab_utils.errors import RunError
@@ -536,3 +537,15 @@ def test_a_real_run_is_watched_stopped_resumed_and_watched_to_its_end(tmp_path, 
     found = drawn(board.curves)
     np.testing.assert_allclose(found["train/loss"][1:, 0], run.metrics()["train/loss"], rtol=1e-6)
     board.close()
+
+
+@pytest.mark.slow
+def test_the_measurement_of_a_played_run_has_its_numbers_and_leaves_nothing_behind(monkeypatch):
+    from lab_utils.bench import live
+
+    monkeypatch.setattr(live, "WARM", 0.5)
+    before = {p.pid for p in psutil.Process().children(recursive=True)}
+    found = live.bench_live(0.05, nodes=3, chips=2, steps=700, step_seconds=0.2, chip_seconds=0.2)
+    assert found["updates"] >= 2 and 0 < found["cpu_percent"] < 200 and found["kib_a_s"] > 0
+    assert found["update_ms"]["longest"] >= found["update_ms"]["p99"] > 0 and found["rss_mib"][0] > 20
+    assert {p.pid for p in psutil.Process().children(recursive=True)} <= before
