@@ -8,6 +8,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 STAMP   = $(VENV)/.installed
+# Two processes of tests: each takes up to 8 GiB while its ranks run.
+SIDE_BY_SIDE ?= -n 2 --dist loadfile
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export WANDB_MODE ?= offline
@@ -30,10 +32,10 @@ demo: $(STAMP)
 	$(BIN)/lab notebook 10_sft
 
 test: $(STAMP)
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests $(SIDE_BY_SIDE)
 
 check: $(STAMP)
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests $(SIDE_BY_SIDE) -m "not slow"
 
 lab: $(STAMP)
 	$(BIN)/jupyter lab --notebook-dir=notebooks --ip=127.0.0.1 --KernelManager.transport=ipc --LabApp.news_url=None \

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
+import tempfile
 from functools import cache
+from pathlib import Path
 
 import pytest
 
@@ -41,10 +44,12 @@ def _install(packages: tuple[str, ...]) -> None:
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "stdin": subprocess.DEVNULL}
     environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
     install = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
-    for words in (install, ["apt-get", "update"], install):
-        try:
-            done = subprocess.run(words, env=environment, timeout=INSTALL_SECONDS, check=False, **quiet)
-        except (OSError, subprocess.TimeoutExpired):
-            return
-        if words is install and done.returncode == 0:
-            return
+    with (Path(tempfile.gettempdir()) / "ascent-tests-apt.lock").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)  # apt-get refuses a second one; tests run in several processes
+        for words in (install, ["apt-get", "update"], install):
+            try:
+                done = subprocess.run(words, env=environment, timeout=INSTALL_SECONDS, check=False, **quiet)
+            except (OSError, subprocess.TimeoutExpired):
+                return
+            if words is install and done.returncode == 0:
+                return

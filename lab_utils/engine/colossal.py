@@ -1,4 +1,5 @@
-"""The only door to ColossalAI 0.5.0: import, start-up, plugin. What it does wrong is put right here and in ``zero.py``.
+"""The only door to ColossalAI 0.5.0: start-up, plugin. What it does wrong is put right here, in ``library.py``,
+``cpu.py`` and ``zero.py``.
 
 ColossalAI is finished software (its last release pins torch 2.5), so it is corrected by subclassing. Each override is
 named for the defect that it answers; paths are below ``colossalai/`` in its source.
@@ -11,143 +12,29 @@ import importlib.util
 import os
 import socket
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from importlib.machinery import ModuleSpec
-from types import ModuleType
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lab_utils.accelerators import Accelerator
+from lab_utils.engine.cpu import CompleteCpu
+from lab_utils.engine.library import (
+    Booster,
+    HybridParallelModule,
+    MoeHybridParallelPlugin,
+    Policy,
+    ShardFormer,
+    colossalai,
+    get_param_info,
+    set_accelerator,
+)
+from lab_utils.engine.placement import Sharding, even_shards
 from lab_utils.engine.reduce import gather_objects
+from lab_utils.engine.zero import Groups, ZeroOptimizer
 from lab_utils.optim.groups import matrices
 from lab_utils.recipe import ParallelSection
-
-
-@contextmanager
-def _stand_ins() -> Iterator[None]:
-    """Defect: adapters and quantised optimizers are imported whether or not they are used: peft by ``checkpoint_io/
-    utils.py`` and the plugins (half of a rank's start-up), galore_torch and bitsandbytes by ``nn/optimizer``.
-
-    Empty classes take their place for the time of the import and go again, so that nobody else finds them.
-    """
-    from transformers.utils import is_peft_available
-
-    is_peft_available()  # asked and remembered before there is a stand-in to be found
-    absent = {
-        "peft": ("PeftModel", "PeftType", "get_peft_model"),
-        "peft.utils": (),
-        "peft.utils.other": ("EMBEDDING_LAYER_NAMES", "check_file_exists_on_hf_hub"),
-        "peft.utils.save_and_load": ("get_embedding_layer_name", "has_valid_embedding_base_layer"),
-        "galore_torch": ("GaLoreAdafactor", "GaLoreAdamW"),
-        "bitsandbytes": (),
-        "bitsandbytes.optim": (),
-        "bitsandbytes.optim.optimizer": ("Optimizer2State",),
-    }
-    before = {name: sys.modules.get(name) for name in absent}
-    for name, classes in absent.items():
-        sys.modules[name] = module = ModuleType(name)
-        module.__spec__ = ModuleSpec(name, None)
-        for cls in classes:
-            setattr(module, cls, type(cls, (), {}))
-    try:
-        yield
-    finally:
-        for name, module in before.items():
-            if module is None:
-                del sys.modules[name]
-            else:
-                sys.modules[name] = module
-
-
-@contextmanager
-def _nothing_compiled() -> Iterator[None]:
-    """Defect: ``quantization/fp8.py`` and ``shardformer/layer/attn.py`` compile helpers as they are imported, which
-    loads the whole of inductor; nobody here calls them."""
-    real = torch.compile
-    torch.compile = lambda model=None, **options: model if model is not None else lambda function: function
-    try:
-        yield
-    finally:
-        torch.compile = real
-
-
-def _has_no_hccl() -> bool:
-    return False
-
-
-# Defect: pipeline/p2p.py calls torch.distributed.is_hccl_available, which only torch_npu defines.
-if not hasattr(dist, "is_hccl_available"):
-    dist.is_hccl_available = _has_no_hccl
-
-with _stand_ins(), _nothing_compiled(), warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # apex, tensornvme and flash-attention are absent on purpose
-    import colossalai
-    from colossalai.accelerator import CpuAccelerator, set_accelerator
-    from colossalai.booster import Booster
-    from colossalai.booster.plugin import MoeHybridParallelPlugin
-    from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelModule, get_param_info
-    from colossalai.shardformer import ShardFormer
-    from colossalai.shardformer.policies.base_policy import Policy
-
-from lab_utils.engine.placement import Sharding, even_shards  # noqa: E402  (these need the import above)
-from lab_utils.engine.zero import Groups, ZeroOptimizer  # noqa: E402
-
-
-class IdleStream:
-    """A CPU has one queue: waiting for it is done before it is asked."""
-
-    def wait_stream(self, other: Any) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
-class CompleteCpu(CpuAccelerator):
-    """Defect: ``accelerator/cpu_accelerator.py`` raises where ZeRO and the plugins ask (streams, device, memory)."""
-
-    def current_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def device_count(self) -> int:
-        return 1
-
-    def synchronize(self, device: Any = None) -> None: ...
-
-    def empty_cache(self) -> None: ...
-
-    def Stream(self, device: Any = None, priority: int = 0, **kwargs: Any) -> IdleStream:
-        return IdleStream()
-
-    def Event(self, *args: Any, **kwargs: Any) -> IdleStream:
-        return IdleStream()
-
-    def current_stream(self, device: Any = None) -> IdleStream:
-        return IdleStream()
-
-    def default_stream(self, device: Any = None) -> IdleStream:
-        return IdleStream()
-
-    def stream(self, stream_: Any) -> nullcontext:
-        return nullcontext()
-
-    def memory_allocated(self, device: Any = None) -> int:
-        return 0
-
-    def max_memory_allocated(self, device: Any = None) -> int:
-        return 0
-
-    def get_rng_state(self, device: Any = None) -> torch.Tensor:
-        """Defect: hands its device on to a torch function that takes no argument."""
-        return torch.get_rng_state()
-
-    def manual_seed(self, seed: int) -> None:
-        torch.manual_seed(seed)
-
-    def manual_seed_all(self, seed: int) -> None:
-        torch.manual_seed(seed)
 
 
 class WholeModelPolicy(Policy):

@@ -13,9 +13,9 @@ from zlib import crc32
 
 import torch
 import torch.distributed as dist
-from colossalai.booster.plugin.hybrid_parallel_plugin import HybridParallelZeroOptimizer
 from torch import Tensor
 
+from lab_utils.engine.library import HybridParallelZeroOptimizer
 from lab_utils.engine.placement import Bucket, Place, Sharding, fill_buckets
 from lab_utils.engine.rows import Rows
 

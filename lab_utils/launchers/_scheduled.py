@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from abc import ABC, abstractmethod
 
 from lab_utils.launchers._supervisor import Supervisor
 from lab_utils.runs.directory import RunDirectory
@@ -43,7 +44,7 @@ def ask_to_yield(run_dir: RunDirectory) -> None:
         run_dir.request("checkpoint_and_stop", by="scheduler")
 
 
-class Scheduled(Supervisor):
+class Scheduled(Supervisor, ABC):
     """One attempt at a run under a scheduler."""
 
     restarts = 0  # how often the job was started before
@@ -82,9 +83,9 @@ class Scheduled(Supervisor):
             return self.yielded(code)
         return super().finish(code)
 
+    @abstractmethod
     def yielded(self, code: int) -> int:
         """The run has saved and stopped because the scheduler asked it to."""
-        raise NotImplementedError
 
     def note(self, kind: str, message: str) -> None:
         print(f"supervisor: {message}", flush=True)

@@ -10,7 +10,6 @@ Nothing here holds a device or imports torch.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -23,15 +22,11 @@ from lab_utils.runs import notes, provenance
 from lab_utils.runs.checks import preflight
 from lab_utils.runs.directory import RunDirectory, all_runs, create, default_root, find
 from lab_utils.runs.states import FINAL, JobState, derive
-from lab_utils.telemetry.console import Progress
-from lab_utils.telemetry.jsonl import Tail
+from lab_utils.runs.steps import merge_steps
+from lab_utils.runs.waiting import wait_for
 
 if TYPE_CHECKING:
     import pandas as pd
-
-POLL_SECONDS = 0.5
-# Between a worker's "succeeded" and the end of its job lie the closing of sinks and processes.
-CLOSING_SECONDS = 60.0
 
 # What of a recipe may change when a run is resumed: how and where it runs.
 RESUMABLE = (
@@ -233,46 +228,7 @@ class Run:
             RunError: the run failed or was lost (with ``progress`` the end of its log is printed first), or
                 still goes on after ``timeout`` seconds.
         """
-        began = time.monotonic()
-        tail = Tail(self.path / "metrics.jsonl")
-        total = self.directory.status.get("total_steps") or 0
-        bar = Progress(total, self.name, every=15.0) if progress else None
-        ended: float | None = None
-        try:
-            while True:
-                status = self.status
-                if bar is not None:
-                    values = {
-                        k: v for row in tail.rows() for k, v in row.items() if k not in ("step", "time")
-                    }
-                    bar.update(int(status["step"] or 0), values, status["state"])
-                if status["state"] in FINAL:
-                    ended = ended or time.monotonic()
-                    closing = self.launcher.status(self.directory) in (JobState.RUNNING, JobState.PENDING)
-                    if not closing or time.monotonic() - ended > CLOSING_SECONDS:
-                        break
-                else:
-                    ended = None  # a scheduler took the nodes: what had stopped is queued again
-                if timeout is not None and time.monotonic() - began > timeout:
-                    raise RunError(
-                        f"{self.name} is still {status['state']} at step {status['step']} after "
-                        f"{timeout:g} s: it goes on; wait again, or stop it with lab runs stop {self.name}."
-                    )
-                time.sleep(POLL_SECONDS)
-        finally:
-            if bar is not None:
-                bar.close()
-        status = self.status  # the supervisor may have found a better reason since
-        if status["state"] in ("failed", "lost"):
-            if progress:
-                print(self._last_lines(status), file=sys.stderr)
-            raise RunError(f"{self.name} {_verb(status['state'])}: {status['error'] or 'see its logs'}")
-        return self
-
-    def _last_lines(self, status: dict[str, Any]) -> str:
-        rank = status.get("failed_rank")
-        text = self.logs(20, rank if rank is not None else 0) or self.logs(20)
-        return f"--- end of the log ({self.path / 'logs'})\n{text}\n---"
+        return wait_for(self, timeout, progress)
 
     # -- steering --------------------------------------------------------------------------------------
 
@@ -338,26 +294,6 @@ class Run:
 def _submit(directory: RunDirectory, recipe: Recipe) -> None:
     directory.write_status(error=None, failed_rank=None, finished=None, exit_code=None, started=None)
     get_launcher(recipe.cluster.launcher).submit(directory, recipe)
-
-
-def _verb(state: str) -> str:
-    return "was lost" if state == "lost" else state
-
-
-def merge_steps(rows: Iterable[dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """Logged lines by step; a step that comes again after a later one starts a new attempt from there."""
-    table: dict[int, dict[str, Any]] = {}
-    newest = -1
-    for row in rows:
-        if not isinstance(row.get("step"), int):
-            continue
-        values = dict(row)
-        step = values.pop("step")
-        if step < newest:
-            table = {s: v for s, v in table.items() if s < step}
-        newest = step
-        table.setdefault(step, {}).update(values)
-    return table
 
 
 def launch(recipe: Recipe | str | Path, *, root: str | Path | None = None, wait: bool = False) -> Run:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 from lab_utils.errors import LabError
 from lab_utils.runs import notes
-from lab_utils.runs.api import Run, merge_steps
+from lab_utils.runs.api import Run
 from lab_utils.runs.compare import exact_match, number
 from lab_utils.runs.directory import RunDirectory, age, default_root
 from lab_utils.runs.states import FINAL
+from lab_utils.runs.steps import merge_steps
 from lab_utils.telemetry import jsonl
 
 if TYPE_CHECKING:
@@ -153,14 +154,7 @@ def _read(run: RunDirectory) -> Row:
 
 def _last(path: Path) -> dict[str, float]:
     """Last values of the metrics that a table shows, from the end of the file."""
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            start = stream.seek(max(0, size - TAIL))
-            lines = stream.read().split(b"\n")
-    except OSError:
-        return {}
-    parsed = [row for line in (lines[1:] if start else lines) if (row := jsonl.parse(line)) is not None]
+    parsed, _ = jsonl.newest(path, TAIL)
     values: dict[str, Any] = {}
     for _, found in sorted(merge_steps(parsed).items()):
         values |= found

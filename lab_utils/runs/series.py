@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lab_utils.runs._appended import Appended
-from lab_utils.runs.api import merge_steps
+from lab_utils.runs.steps import merge_steps
 from lab_utils.telemetry import jsonl
 
 CAPACITY = 576

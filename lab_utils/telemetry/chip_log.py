@@ -52,19 +52,9 @@ def newest_row(path: Path) -> dict[str, Any] | None:
     """The last whole row of a file, from its end: the same few kilobytes however long the run is."""
     size = 8 * 2**10  # sixteen chips take about 2.5 KiB
     while True:
-        try:
-            with path.open("rb") as stream:
-                end = stream.seek(0, 2)
-                start = stream.seek(max(0, end - size))
-                lines = stream.read().split(b"\n")
-        except OSError:
-            return None
-        # The first piece may be half a row, unless it starts the file.
-        for line in reversed(lines[1:] if start else lines):
-            if (row := jsonl.parse(line)) is not None:
-                return row
-        if start == 0 or size >= MAX_TAIL:
-            return None
+        rows, whole = jsonl.newest(path, size)
+        if rows or whole or size >= MAX_TAIL:
+            return rows[-1] if rows else None
         size *= 4
 
 

@@ -137,6 +137,7 @@ def sync(
 ) -> None:
     """Send offline W&B runs to a server, from a node that reaches it; what it has already is left out."""
     from lab_utils.runs.api import attach, list_runs
+    from lab_utils.runs.directory import default_root
     from lab_utils.runs.states import FINAL
     from lab_utils.telemetry import wandb_server, wandb_sync
     from lab_utils.telemetry.wandb_reader import pieces
@@ -146,6 +147,10 @@ def sync(
     found = (
         [run for run in list_runs(root) if pieces(run.path)] if every else [attach(run, root) for run in runs]
     )
+    if not found:
+        raise RunError(
+            f"No run in {root or default_root()} has offline W&B data: name runs, or give their folder by --runs."
+        )
     if without := [run.name for run in found if not pieces(run.path)]:
         raise RunError(f"{', '.join(without)}: no offline W&B data (tracking.wandb was disabled or online).")
     work = [

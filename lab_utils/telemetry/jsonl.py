@@ -67,6 +67,20 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def newest(path: Path, size: int) -> tuple[list[dict[str, Any]], bool]:
+    """The whole rows among the last ``size`` bytes, and whether that was the whole file; a missing file has none."""
+    try:
+        with path.open("rb") as stream:
+            end = stream.seek(0, os.SEEK_END)
+            start = stream.seek(max(0, end - size))
+            lines = stream.read().split(b"\n")
+    except OSError:
+        return [], True
+    # The first piece may be half a row, unless it starts the file.
+    found = map(parse, lines[1:] if start else lines)
+    return [row for row in found if row is not None], start == 0
+
+
 class Tail:
     """Rows that were added since the last look, for a live view of a file that is still being written."""
 

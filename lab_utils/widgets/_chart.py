@@ -7,7 +7,6 @@ its own: a new step changes the last one. So whoever joins late, a page that is 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import anywidget
@@ -16,8 +15,8 @@ import traitlets as t
 from lab_utils.panels.figures import _labels
 from lab_utils.panels.layout import ALIGNMENT, OVERVIEW, PANELS, Panel
 from lab_utils.runs.series import CAPACITY, STEP, Buckets
+from lab_utils.widgets._static import script, style
 
-STATIC = Path(__file__).parent / "static"
 CHUNK = 32
 SLOTS = CAPACITY // CHUNK
 # Always there, so that a reader knows what will come; others appear with their first value.
@@ -45,8 +44,8 @@ class Curves(_Pieces):
         watched: pages that show it; -1 before the first.
     """
 
-    _esm = (STATIC / "curves.js").read_text(encoding="utf-8")
-    _css = (STATIC / "live.css").read_text(encoding="utf-8")
+    _esm = script("curves")
+    _css = style("live")
     panels = t.List(t.Dict()).tag(sync=True)
     tables = t.List(t.Dict()).tag(sync=True)
     columns = t.List(t.Unicode()).tag(sync=True)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import anywidget
 import traitlets as t
 
 from lab_utils.runs.overview import Row
-
-STATIC = Path(__file__).parent / "static"
+from lab_utils.widgets._static import script, style
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Grid(anywidget.AnyWidget):
         watched: pages that show it; -1 before the first.
     """
 
-    _esm = (STATIC / "runs.js").read_text(encoding="utf-8")
-    _css = (STATIC / "runs.css").read_text(encoding="utf-8")
+    _esm = script("runs")
+    _css = style("runs")
     rows = t.List(t.Dict()).tag(sync=True)
     columns = t.List(t.Dict()).tag(sync=True)
     order = t.List([0, False]).tag(sync=True)

@@ -9,10 +9,11 @@ from threading import Thread
 from typing import Any, Generic, TypeVar
 
 from lab_utils.launchers._base import JobInfo
-from lab_utils.runs.api import CLOSING_SECONDS, Run
+from lab_utils.runs.api import Run
 from lab_utils.runs.directory import default_root
 from lab_utils.runs.follow import Follower
 from lab_utils.runs.states import FINAL, JobState
+from lab_utils.runs.waiting import CLOSING_SECONDS
 from lab_utils.telemetry.wandb import run_id
 from lab_utils.widgets._words import badge, number, span, text
 

@@ -12,7 +12,7 @@ import traitlets as t
 from lab_utils.runs._chip_feed import ChipFeed, Node
 from lab_utils.runs.follow import Follower
 from lab_utils.telemetry.chips import unhealthy
-from lab_utils.widgets._chart import STATIC
+from lab_utils.widgets._static import script, style
 
 NONE = 255
 TREND = 24
@@ -32,8 +32,8 @@ class ChipStrip(anywidget.AnyWidget):
         waiting: what is said as long as there are none.
     """
 
-    _esm = (STATIC / "chips.js").read_text(encoding="utf-8")
-    _css = (STATIC / "live.css").read_text(encoding="utf-8")
+    _esm = script("chips")
+    _css = style("live")
     nodes = t.List(t.Dict()).tag(sync=True)
     healths = t.List(t.Unicode()).tag(sync=True)
     cells = t.Bytes(b"").tag(sync=True)
@@ -112,8 +112,8 @@ class Journal(anywidget.AnyWidget):
         waiting: what an empty log says.
     """
 
-    _esm = (STATIC / "journal.js").read_text(encoding="utf-8")
-    _css = (STATIC / "live.css").read_text(encoding="utf-8")
+    _esm = script("journal")
+    _css = style("live")
     tail = t.Dict().tag(sync=True)
     samples = t.List(t.Dict()).tag(sync=True)
     waiting = t.Unicode("").tag(sync=True)

@@ -129,7 +129,8 @@ def test_a_running_job_is_stopped_after_a_checkpoint_and_resumed_to_its_end(slur
     attach(run.path).resume()
     run.wait(timeout=300, progress=False)
     assert run.state == "succeeded" and run.status["job"] != stopped["job"]
-    assert f"starts at step {stopped['step']}" in run.logs(200, rank=1)
+    assert f"starts at step {stopped['step']}" in run.logs(200, rank=0)
+    assert run.logs(200, rank=1).count("starts at step") == 2
 
 
 def test_a_deaf_job_is_ended_by_its_supervisor(slurm, stand_in, recipe):
@@ -207,7 +208,8 @@ def test_a_preempted_job_saves_queues_itself_again_and_goes_on(slurm, stand_in, 
     assert saved == run.status["step"] and saved % 10, "it was saved because it was asked for"
     run.wait(timeout=300, progress=False)
     assert run.state == "succeeded" and run.status["restarts"] == 1
-    assert f"starts at step {saved}" in run.logs(200, rank=1)
+    assert f"starts at step {saved}" in run.logs(200, rank=0)
+    assert run.logs(200, rank=1).count("starts at step") == 2
 
 
 def test_a_job_that_is_requeued_without_a_word_goes_on_from_its_last_checkpoint(slurm, stand_in, recipe):

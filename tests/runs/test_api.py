@@ -13,8 +13,9 @@ import yaml
 
 from lab_utils.errors import DataError, LabError, LayoutError, RecipeError, RunError
 from lab_utils.runs import api, checks, provenance
-from lab_utils.runs.api import Run, attach, launch, list_runs, merge_steps
+from lab_utils.runs.api import Run, attach, launch, list_runs
 from lab_utils.runs.directory import create
+from lab_utils.runs.steps import merge_steps
 
 
 def log(run, *rows):

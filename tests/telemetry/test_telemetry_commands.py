@@ -81,6 +81,8 @@ def test_syncing_needs_runs_and_a_server(trial, tmp_path):
         run(commands.wandb, "sync", *root)
     with pytest.raises(RunError, match="no offline W&B data"):
         run(commands.wandb, "sync", "last", *root)
+    with pytest.raises(RunError, match=r"No run in .* has offline W&B data"):
+        run(commands.wandb, "sync", "--all", *root)
     offline(trial)
     with pytest.raises(RunError, match="nothing leaves this machine unasked"):
         run(commands.wandb, "sync", "last", *root)

@@ -11,7 +11,8 @@ import pytest
 from lab_utils.runs._chip_feed import ChipFeed
 from lab_utils.runs.series import Buckets
 from lab_utils.telemetry import chip_log, jsonl
-from lab_utils.widgets._chart import STATIC, Curves, panels_of
+from lab_utils.widgets._chart import Curves, panels_of
+from lab_utils.widgets._static import script
 from lab_utils.widgets._strip import ChipStrip
 
 NODE = shutil.which("node")
@@ -25,7 +26,7 @@ def js(tmp_path):
     """Values of expressions over the exports of a module."""
 
     def run(module, expression, **values):
-        shutil.copy(STATIC / f"{module}.js", tmp_path / f"{module}.mjs")
+        (tmp_path / f"{module}.mjs").write_text(script(module))
         code = (
             f"import * as m from '{tmp_path}/{module}.mjs';"
             f"const given = {json.dumps(values)};"

@@ -112,7 +112,8 @@ class _Card:
         run, part = self.run, self.part
         # Imported here: the launchers, which the state may be asked of, are no part of reading files.
         from lab_utils.panels.layout import PANELS
-        from lab_utils.runs.api import Run, merge_steps
+        from lab_utils.runs.api import Run
+        from lab_utils.runs.steps import merge_steps
 
         recipe = part("recipe", lambda: run.recipe)
         status = part("status", lambda: Run(run).status) or run.status

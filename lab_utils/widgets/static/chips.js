@@ -1,25 +1,9 @@
 // Chips as a heat strip: a row a node, the worst first; every node as one cell of a map. Eight bytes a chip, nodes in
 // the order of `nodes`: use, memory and temperature (255: not said), health (a number in `healths`), power, index.
 
-const SVG = "http://www.w3.org/2000/svg";
 const CELL = 16, TALL = 15, GAP = 1, MAP = 11, NONE = 255, TREND = 24;
 const SHOWN = [8, 32, 1e6];
 const USE = [[0, [200, 76, 52]], [40, [233, 185, 92]], [75, [120, 170, 214]], [100, [38, 96, 196]]];
-
-function tag(name, className, parent, text = null) {
-  const node = document.createElement(name);
-  node.className = className;
-  if (text !== null) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
-
-function make(name, attributes, parent) {
-  const node = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  parent.append(node);
-  return node;
-}
 
 export function useColor(value) {
   if (value === null) return "none";

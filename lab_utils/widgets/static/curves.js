@@ -2,25 +2,8 @@
 // little-endian float32 [bucket][key][mean, smallest, largest], NaN where nothing was logged.
 
 const COLORS = ["#2f6fde", "#e4572e", "#3aa17e", "#9a6fc0", "#c9a227", "#6b7f93", "#d16ba5", "#7a5c3e"];
-const SVG = "http://www.w3.org/2000/svg";
 const MARGIN = { left: 50, right: 12, top: 8, bottom: 22 };
 const FEW = 60; // so many points are drawn as dots too, where each of them counts
-
-function make(name, attributes = {}, parent = null, text = null) {
-  const node = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
-  if (text !== null) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
-
-function tag(name, className, parent, text = null) {
-  const node = document.createElement(name);
-  node.className = className;
-  if (text !== null) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
 
 export function label(value) {
   if (!Number.isFinite(value)) return "–";

@@ -1,13 +1,5 @@
 // The end of the log, and what the model answered.
 
-function tag(name, className, parent, text = null) {
-  const node = document.createElement(name);
-  node.className = className;
-  if (text !== null) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
-
 function render({ model, el }) {
   const root = tag("div", "lab-journal", el);
   const columns = tag("div", "lab-columns", root), left = tag("div", "", columns), right = tag("div", "", columns);

@@ -1,14 +1,6 @@
 // The table of runs: sorted by a click on a head, chosen by clicks on rows (Shift: a stretch). Rows come as they should
 // be read; `sort` holds what a column is ordered by.
 
-function tag(name, className, parent, text = null) {
-  const node = document.createElement(name);
-  node.className = className;
-  if (text !== null) node.textContent = text;
-  if (parent) parent.append(node);
-  return node;
-}
-
 function render({ model, el }) {
   const root = tag("div", "lab-runs", el), table = tag("table", "", root), empty = tag("div", "lab-soft", root);
   let last = null;
