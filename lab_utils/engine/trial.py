@@ -68,6 +68,13 @@ def trial_recipe(source: str, changes: dict[str, Any]) -> Recipe:
     return Recipe.parse(tree).with_changes(changes)
 
 
+def passes(layout: dict[str, Any], ranks: int) -> dict[str, Any]:
+    """The change of a recipe that gives a pipeline two micro-batches a stage: its schedule reaches the steady state,
+    and no more is made of them, since calls cost most here."""
+    pp = layout.get("parallel.pp", 1)
+    return {"schedule.micro_rows": ROWS * pp // ranks // (2 * pp)} if pp > 1 else {}
+
+
 @torch.no_grad()
 def write_source(folder: Path) -> None:
     """A checkpoint of such a model with random weights.

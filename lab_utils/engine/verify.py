@@ -29,7 +29,15 @@ from lab_utils.engine import colossal
 from lab_utils.engine.control import Stop
 from lab_utils.engine.engine import Engine
 from lab_utils.engine.reduce import gather_objects, over_ranks
-from lab_utils.engine.trial import TrialRows, Truth, build_trial, plain_loop, trial_recipe, write_source
+from lab_utils.engine.trial import (
+    TrialRows,
+    Truth,
+    build_trial,
+    passes,
+    plain_loop,
+    trial_recipe,
+    write_source,
+)
 from lab_utils.planner.layouts import layout_names
 from lab_utils.runs.directory import RunDirectory
 from lab_utils.telemetry.reductions import reduce_metrics
@@ -58,9 +66,10 @@ def verify(options: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
             "cluster.accelerator": options["accelerator"],
             **options["changes"],
         }
-        truth = _truth(str(source), changes, folder)
+        truth = shared_truth(str(source), changes, folder)
         for name, layout in chosen.items():
-            recipe = trial_recipe(str(source), {**changes, **layout, **options["planted"]})
+            few = passes(layout, dist.get_world_size())
+            recipe = trial_recipe(str(source), {**changes, **layout, **few, **options["planted"]})
             found = _one(recipe, truth, folder / f"{optimizer}-{name}", accelerator)
             rows.append({"layout": name, "optimizer": optimizer, "dtype": options["dtype"], **found})
             if dist.get_rank() == 0:
@@ -68,7 +77,7 @@ def verify(options: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _truth(source: str, changes: dict[str, Any], folder: Path) -> Truth:
+def shared_truth(source: str, changes: dict[str, Any], folder: Path) -> Truth:
     """The textbook loop, run by one rank and read by the others."""
     path = folder / f"truth-{changes['optim.kind']}.pt"
     if dist.get_rank() == 0:

@@ -19,7 +19,13 @@ import traceback
 from lab_utils.launchers._rank import end_with_parent
 from lab_utils.telemetry.chips import count
 
-SHARED = ("lab_utils.engine.engine", "lab_utils.engine.verify", "lab_utils.models.deepseek_v4.model")
+# torch imports its _dynamo at the first distributed launch.
+SHARED = (
+    "lab_utils.engine.engine",
+    "lab_utils.engine.verify",
+    "lab_utils.models.deepseek_v4.model",
+    "torch._dynamo",
+)
 
 
 def command(ranks: int, target: str, *arguments: str) -> list[str]:

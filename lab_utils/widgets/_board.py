@@ -39,6 +39,11 @@ EVERY = 1.0  # seconds between looks
 SLICE = 0.04  # seconds of reading in one look: a long run is caught up with in many short ones
 ASK_SECONDS = 5.0  # between questions to the launcher
 CONFIRM_SECONDS = 10.0
+# Of a request to stop: true until the run has ended.
+SAVES, ENDS = (
+    "It saves a checkpoint at its next step, then stops.",
+    "It ends at its next step, without saving.",
+)
 
 
 class Board:
@@ -56,6 +61,7 @@ class Board:
         self._panels = panels_of(_objective(run))
         self._working: Thread | None = None
         self._asked_twice = 0.0  # until when a second press of "Stop now" counts
+        self._spoken = ""
         self._unseen, self._shown = Changes(), -1e9
         self._build()
         self.handle: _pulse.Handle
@@ -136,6 +142,8 @@ class Board:
         self.journal.waiting = "The ranks have written nothing yet."
         self.chips.waiting = _waiting_for_chips(now)
         self._enable(now)
+        if now.state in FINAL and self._spoken in (SAVES, ENDS):
+            self.say("")
         if changes.bucket is not None or not self.curves.panels:
             self.curves.update(self.follower.series.buckets, changes.bucket or 0, self._panels)
         if changes.chips or (now.over and self.chips.nodes):
@@ -155,6 +163,7 @@ class Board:
 
     def say(self, sentence: str, bad: bool = False) -> None:
         """The status line."""
+        self._spoken = sentence
         color = "var(--jp-error-color0,#c62828)" if bad else "var(--jp-ui-font-color2,#616e7c)"
         self.status.value = f'<span style="color:{color}">{text(sentence)}</span>'
 
@@ -202,7 +211,7 @@ class Board:
     def _stop(self) -> None:
         def work() -> str:
             self.run.stop(checkpoint=True, wait=0)
-            return "It saves a checkpoint at its next step, then stops."
+            return SAVES
 
         self._do("Asking it to stop…", work)
 
@@ -215,7 +224,7 @@ class Board:
 
         def work() -> str:
             self.run.stop(checkpoint=False, wait=0)
-            return "It ends at its next step, without saving."
+            return ENDS
 
         self._do("Stopping it…", work)
 

@@ -19,7 +19,8 @@ from lab_utils.engine import colossal
 from lab_utils.engine.control import Stop
 from lab_utils.engine.engine import Engine
 from lab_utils.engine.reduce import over_ranks
-from lab_utils.engine.trial import build_trial, plain_loop, trial_recipe, write_source
+from lab_utils.engine.trial import build_trial, passes, trial_recipe, write_source
+from lab_utils.engine.verify import shared_truth
 from lab_utils.planner.layouts import layout_names
 from lab_utils.runs.directory import RunDirectory
 
@@ -55,8 +56,12 @@ def main(folder: Path) -> None:
     dist.barrier()
     for kind in ("adamw", "muon"):
         changes = {"optim.kind": kind, "schedule.steps": BEFORE + AFTER, "cluster.accelerator": "cpu"}
-        truth = plain_loop(trial_recipe(str(source), changes))
-        recipes = {n: trial_recipe(str(source), {**changes, **layout_names(4)[n]}) for n in LAYOUTS}
+        truth = shared_truth(str(source), changes, folder)
+        layouts = {name: layout_names(4)[name] for name in LAYOUTS}
+        recipes = {
+            name: trial_recipe(str(source), {**changes, **layout, **passes(layout, 4)})
+            for name, layout in layouts.items()
+        }
         for saved in LAYOUTS:
             first = folder / f"{kind}-{saved}"
             if rank == 0:

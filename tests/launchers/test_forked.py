@@ -18,7 +18,7 @@ open(os.path.join(sys.argv[1], f"pid-{rank}"), "w").write(str(os.getpid()))
 dist.init_process_group("gloo")
 total = [None] * size
 dist.all_gather_object(total, rank)
-os.write(1, f"heard {total}\n".encode())  # one write: the ranks share the pipe
+os.write(1, f"heard {total}\\n".encode())  # one write: the ranks share the pipe
 if rank == 1 and len(sys.argv) > 2:
     os.kill(os.getpid(), signal.SIGKILL) if sys.argv[2] == "killed" else sys.exit(7)
 if len(sys.argv) > 2:

@@ -124,6 +124,7 @@ def aligned(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first one waits for all three
 @pytest.mark.parametrize("name", SMALL)
 def test_alignment_runs_from_parameters_to_before_and_after(aligned, name):
     done = aligned[name]

@@ -368,6 +368,10 @@ def test_stop_asks_for_a_checkpoint_and_stop_now_only_when_pressed_twice(run, wa
     board.stop_now.click()
     board.settle()
     assert run.directory.control["action"] == "stop" and board.stop_now.description == "Stop now"
+    assert "without saving" in plain(board.status.value)
+    run.directory.write_status(state="stopped")
+    board.look()
+    assert not plain(board.status.value).strip()  # it was said of a run that went on
 
 
 def test_a_first_press_that_is_not_confirmed_is_forgotten(run, watch, monkeypatch):

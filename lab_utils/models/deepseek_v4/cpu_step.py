@@ -144,7 +144,8 @@ class _Connection:
         self.base = _array(connection.base)[:, None]
         self.factor = np.repeat(_array(connection.scale), [n, n, n * n])[:, None]
         self.eps, self.norm_eps = f32(options["eps"]), f32(options["norm_eps"])
-        self.dims = [0, *(1, 0) * (options["iterations"] - 1)]
+        sums = [_sums(n, dim, options["eps"]) for dim in (0, 1)]
+        self.sums = [sums[dim] for dim in (0, *(1, 0) * (options["iterations"] - 1))]
 
     def __call__(self, h_RnD: Array) -> tuple[Array, Array, Array]:
         """Collapsed ``[R, D]``, post ``[R, n]`` and comb ``[n, n, R]`` (rows last)."""
@@ -155,11 +156,19 @@ class _Connection:
         z += self.base
         gates = torch.sigmoid(torch.from_numpy(z[: 2 * n])).numpy().T
         comb = torch.from_numpy(z[2 * n :].reshape(n, n, R)).softmax(1).numpy()
-        comb += self.eps
-        for dim in self.dims:
-            comb /= np.add.reduce(comb, dim, keepdims=True, initial=self.eps)
         pre = gates[:, :n] + self.eps
-        return np.matmul(pre[:, None], h_RnD)[:, 0], gates[:, n:] * f32(2), comb
+        return np.matmul(pre[:, None], h_RnD)[:, 0], gates[:, n:] * f32(2), self._balanced(comb)
+
+    def _balanced(self, comb_jkR: Array) -> Array:
+        """Divided by sums plus eps along both dimensions in turn (Sinkhorn), two calls a time."""
+        n, _, R = comb_jkR.shape
+        parts = np.ones((n * n + 1, R), f32)
+        np.add(comb_jkR.reshape(n * n, R), self.eps, out=parts[:-1])
+        divisors = np.empty_like(parts)
+        for sums in self.sums:
+            np.dot(sums, parts, out=divisors)
+            np.divide(parts, divisors, out=parts)
+        return parts[:-1].reshape(n, n, R)
 
 
 class _Head:
@@ -335,6 +344,16 @@ class _Experts:
         act = F.silu(torch.from_numpy(gate)).numpy()
         act *= np.maximum(np.minimum(hidden_MG[:, width:], f32(self.limit)), f32(-self.limit))
         return act
+
+
+def _sums(n: int, dim: int, eps: float) -> Array:
+    """Times the n² numbers of a matrix and a 1: for each of them the sum along ``dim`` through it plus eps, and 1."""
+    same = np.eye(n, dtype=f32)
+    all_ = np.ones((n, n), f32)
+    out = np.zeros((n * n + 1, n * n + 1), f32)
+    out[:-1, :-1] = np.kron(all_, same) if dim == 0 else np.kron(same, all_)
+    out[:-1, -1], out[-1, -1] = eps, 1
+    return out
 
 
 def _slices(sizes: list[int]) -> list[slice]:
