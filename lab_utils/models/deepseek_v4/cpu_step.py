@@ -1,7 +1,7 @@
 """A decoding step on a CPU in fp32, where calls cost more than arithmetic: a few rows through a small model.
 
 The same maths as ``block.py``, ``cache.py`` and the kernels have, on the same memory and the same caches, by as few
-calls as can be: numpy's, which cost a third of torch's, and torch's own for products and whatever is one call there.
+calls as can be: numpy's, which cost a third of torch's, and torch's own for whatever is one call there.
 ``tests/models/test_decoding.py`` holds it to the whole text. Every other device and precision takes the modules' way.
 
 Legend: R rows, n streams, D model, H heads, K head dimension, I indexer dimension, X keys, C entries, S selected
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 # Elements of an expert's weight up to which a loop over the experts at work beats a grouped product.
 LOOPED = 1 << 18
+# Entries up to which those that are not selected are masked: copying the selected ones costs more.
+MASKED = 256
 f32 = np.float32
 
 
@@ -140,7 +142,7 @@ class _Connection:
     def __init__(self, connection: HyperConnection) -> None:
         options = connection.options
         self.n = n = int((1 + len(connection.base)) ** 0.5) - 1  # n(n+2) coefficients
-        self.fn = connection.fn.detach().T
+        self.fn = _array(connection.fn).T
         self.base = _array(connection.base)[:, None]
         self.factor = np.repeat(_array(connection.scale), [n, n, n * n])[:, None]
         self.eps, self.norm_eps = f32(options["eps"]), f32(options["norm_eps"])
@@ -151,7 +153,7 @@ class _Connection:
         """Collapsed ``[R, D]``, post ``[R, n]`` and comb ``[n, n, R]`` (rows last)."""
         R, n, _ = h_RnD.shape
         u = h_RnD.reshape(R, -1)
-        z = np.multiply(_mm(u, self.fn).T, _inverse_rms(u, self.norm_eps), order="C")
+        z = np.multiply(np.dot(u, self.fn).T, _inverse_rms(u, self.norm_eps), order="C")
         z *= self.factor
         z += self.base
         gates = torch.sigmoid(torch.from_numpy(z[: 2 * n])).numpy().T
@@ -175,12 +177,12 @@ class _Head:
     """The streams' last collapse."""
 
     def __init__(self, head: HyperHead) -> None:
-        self.fn, self.base, self.scale = head.hc_fn.detach().T, _array(head.hc_base), _array(head.hc_scale)
+        self.fn, self.base, self.scale = _array(head.hc_fn).T, _array(head.hc_base), _array(head.hc_scale)
         self.eps, self.norm_eps = f32(head.eps), f32(head.norm_eps)
 
     def __call__(self, h_RnD: Array) -> Array:
         u = h_RnD.reshape(len(h_RnD), -1)
-        z = _mm(u, self.fn) * _inverse_rms(u, self.norm_eps)[:, None]
+        z = np.dot(u, self.fn) * _inverse_rms(u, self.norm_eps)[:, None]
         a = torch.sigmoid(torch.from_numpy(z * self.scale + self.base)).numpy() + self.eps
         return np.matmul(a[:, None], h_RnD)[:, 0]
 
@@ -191,12 +193,12 @@ class _Attention:
     def __init__(self, attention: Attention, cache: AttentionCache) -> None:
         self.cache, self.kind, self.heads = cache, attention.rope_kind, attention.heads
         self.eps, self.sinks = f32(attention.eps), _array(attention.sinks)
-        self.into, self.queries = cache.into.T, cache.queries.T
+        self.into, self.queries = _array(cache.into).T, _array(cache.queries).T
         self.into_at, self.queries_at = _slices(cache.into_sizes), _slices(cache.query_sizes)
         self.q_norm, self.kv_norm = _Norm(attention.q_a_norm), _Norm(attention.kv_norm)
         groups = attention.o_a_proj.groups
         self.out_a = attention.o_a_proj.weight.detach().unflatten(0, (groups, -1)).transpose(1, 2)
-        self.out_b = attention.o_b_proj.weight.detach().T
+        self.out_b = _array(attention.o_b_proj.weight).T
         self.pool_norms = [_Norm(pool.kv_norm) for pool in cache.pools]
         self.pool_at = _slices([len(norm.weight) for norm in self.pool_norms])
         if cache.pools:
@@ -204,9 +206,9 @@ class _Attention:
 
     def __call__(self, x_RD: Array, now: _Now) -> Array:
         cache, R, step = self.cache, len(x_RD), now.step
-        into = _mm(x_RD, self.into)
+        into = np.dot(x_RD, self.into)
         q_a, kv, *pooled = [into[:, at] for at in self.into_at]
-        queries = _mm(self.q_norm(q_a), self.queries)
+        queries = np.dot(self.q_norm(q_a), self.queries)
         queries = [queries[:, at] for at in self.queries_at]
         turn = now.turn(self.kind)
         keys = cache.keys_RXK.numpy()
@@ -226,7 +228,7 @@ class _Attention:
         out_RHK = torch.bmm(scores.softmax(-1), keys_RXK).numpy()
         out_RHK = _rotate(out_RHK, turn.conj()[:, None]).reshape(R, len(self.out_a), -1)
         inner = torch.bmm(torch.from_numpy(out_RHK).transpose(0, 1), self.out_a)
-        return torch.mm(inner.transpose(0, 1).reshape(R, -1), self.out_b).numpy()
+        return np.dot(inner.transpose(0, 1).reshape(R, -1).numpy(), self.out_b)
 
     def _pool(self, projected_RF: Array, now: _Now) -> None:
         cache, m = self.cache, self.cache.rate
@@ -276,11 +278,18 @@ class _Attention:
             rate = cache.rate if cache.pools else None
             C = now.step.entries(rate) if rate else 0
             return cache.keys_RXK[:R, : cache.start + C], now.bias(window, rate, C)
+        C = now.step.entries(cache.rate)
+        bias_R1X = now.bias(window, None, 0)
+        if C <= MASKED:
+            seen_RC = np.full((R, C + 1), f32(-np.inf))  # the last one is for those that are none: number -1
+            seen_RC[now.rows_R[:, None], selected_RS] = 0
+            bias_R1X = np.concatenate([bias_R1X, seen_RC[:, None, :C]], 2)
+            return cache.keys_RXK[:R, : cache.start + C], bias_R1X
         keys = cache.keys_RXK.numpy()
         chosen_RSK = keys[now.rows_R[:, None], cache.start + np.maximum(selected_RS, 0)]
         none_RS = np.where(selected_RS < 0, f32(-np.inf), f32(0))
         keys_RXK = np.concatenate([keys[:R, : cache.start], chosen_RSK], 1)
-        return torch.from_numpy(keys_RXK), np.concatenate([now.bias(window, None, 0), none_RS[:, None]], 2)
+        return torch.from_numpy(keys_RXK), np.concatenate([bias_R1X, none_RS[:, None]], 2)
 
 
 class _Experts:
@@ -288,7 +297,7 @@ class _Experts:
 
     def __init__(self, moe: MoE) -> None:
         gate, experts, shared = moe.gate, moe.experts, moe.shared_experts
-        self.router, self.options = gate.weight.detach().T, gate.options
+        self.router, self.options = _array(gate.weight).T, gate.options
         self.table = gate.tid2eid.numpy() if gate.hashed else None
         self.bias = None if gate.hashed else _array(gate.e_score_correction_bias)
         self.gate_up, self.down = (
@@ -296,11 +305,11 @@ class _Experts:
         )
         self.limit = experts.limit
         self.looped = self.gate_up[0].numel() <= LOOPED
-        self.shared_in = torch.cat([shared.gate_proj.weight.detach(), shared.up_proj.weight.detach()]).T
-        self.shared_out = shared.down_proj.weight.detach().T
+        self.shared_in = np.concatenate([_array(shared.gate_proj.weight), _array(shared.up_proj.weight)]).T
+        self.shared_out = _array(shared.down_proj.weight).T
 
     def __call__(self, x_RD: Array, ids_R: NDArray) -> tuple[Array, NDArray]:
-        scores_RE = SCORES[self.options["scoring"]](torch.mm(torch.from_numpy(x_RD), self.router)).numpy()
+        scores_RE = SCORES[self.options["scoring"]](torch.from_numpy(np.dot(x_RD, self.router))).numpy()
         k = self.options["k"]
         if self.table is not None:
             chosen_Rk = self.table[ids_R]
@@ -311,7 +320,7 @@ class _Experts:
             f32(self.options["scaling"]) / (np.add.reduce(weights_Rk, 1, keepdims=True) + f32(1e-20))
         )
         y_RD = self._routed(x_RD, chosen_Rk, weights_Rk)
-        y_RD += _mm(self._swiglu(_mm(x_RD, self.shared_in)), self.shared_out)
+        y_RD += np.dot(self._swiglu(np.dot(x_RD, self.shared_in)), self.shared_out)
         return y_RD, chosen_Rk
 
     def _routed(self, x_RD: Array, chosen_Rk: NDArray, weights_Rk: Array) -> Array:
@@ -329,12 +338,12 @@ class _Experts:
         if not self.looped:
             ends = torch.from_numpy(ends_E.astype(np.int32))
             return F.grouped_mm(torch.from_numpy(x_MX), weight_EXY, offs=ends).numpy()
-        weights = weight_EXY.numpy()
+        weights, dot = weight_EXY.numpy(), np.dot
         out = np.empty((len(x_MX), weights.shape[2]), f32)
         start = 0
-        for expert, stop in enumerate(ends_E.tolist()):
+        for weight, stop in zip(weights, ends_E.tolist(), strict=True):
             if start < stop:
-                np.dot(x_MX[start:stop], weights[expert], out=out[start:stop])
+                dot(x_MX[start:stop], weight, out[start:stop])
             start = stop
         return out
 
@@ -380,10 +389,6 @@ def _rotate(x: Array, turn: NDArray[np.complex64]) -> Array:
 
 def _turn(angles: tuple[Tensor, Tensor]) -> NDArray[np.complex64]:
     return torch.complex(*angles).numpy()
-
-
-def _mm(x_RX: Array, weight_XY: Tensor) -> Array:
-    return torch.mm(torch.from_numpy(x_RX), weight_XY).numpy()
 
 
 def _array(x: Tensor) -> Array:
