@@ -14,18 +14,24 @@ SIDE_BY_SIDE ?= -n 2 --dist loadfile
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 export WANDB_MODE ?= offline
 export HF_HUB_OFFLINE ?= 1
+# Compiled modules are kept: without them every rank, kernel and command compiles torch anew, more than half its start.
+export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: setup demo test check lab lint format lock hooks clean
 
 setup: $(STAMP)
 
 # requirements.lock is the whole resolved set, so nothing is resolved here: --no-deps, quick and always the same.
-$(STAMP): requirements.lock pyproject.toml
+# torch_npu goes into a folder of its own: beside torch, and without CANN, it breaks every `import torch`.
+$(STAMP): requirements.lock requirements-ascend.lock pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	    { echo "error: $(PYTHON) is missing or older than 3.11: name a newer one, as in make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-deps --no-compile -r requirements.lock
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --no-compile -e .
+ifeq ($(shell uname -s),Linux)
+	$(BIN)/python -m pip install --quiet --no-deps --no-compile --upgrade --target $(VENV)/ascend -r requirements-ascend.lock
+endif
 	touch $@
 
 demo: $(STAMP)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels import _support, registry
+from kernels import _npu_cases, _support, registry
 from kernels._cases import REALISTIC, SMALL, Case, draw_case, variants
 
 # Largest error allowed, as a share of the largest number of the reference's output or gradient.
@@ -55,6 +55,8 @@ def check(
             (f"{mode} {size} seed {seed}", draw_case(operator, seed, size, **mode))
             for size, seed, mode in drawn
         ]
+        if name == "npu":
+            cases += _npu_cases.fitting(operator)
         for dtype in CHECKED:
             if supported(operator, name, device, dtype):
                 rows.append(_check(operator, name, cases, dtype, device, say))

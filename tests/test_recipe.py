@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lab_utils.errors import LayoutError, RecipeError
-from lab_utils.launchers._base import options_of
+from lab_utils.launchers._base import options_class, options_of
 from lab_utils.recipe import Recipe, parse_changes
 from lab_utils.recipe.recipe import _keys, takes_samples
 from lab_utils.registry import members
@@ -186,7 +186,9 @@ def test_recipes_and_keys_in_the_docs_are_of_this_version(page):
         if "schedule" in tree:
             recipe.layout()
     sections = "|".join(name for name in Recipe.model_fields if name not in ("name", "seed", "model"))
-    known = _keys(Recipe)
+    settings = [options_class(name) for name in members("lab_utils.launchers")]
+    options = {key for each in settings if each for key in each.model_fields}
+    known = [*_keys(Recipe), *(f"cluster.options.{key}" for key in options)]
     for key in re.findall(rf"`((?:{sections})\.[a-z_]+(?:\.[a-z_]+)*)", text):
         assert any(f"{each}.".startswith(f"{key}.") for each in known), f"{page.name} names {key}"
 

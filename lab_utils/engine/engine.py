@@ -112,20 +112,7 @@ class Engine:
         )
         found, broken = checkpoint.newest(self.checkpoints, rank=self.rank, world=self.world)
         source = str(found / "model") if found else None
-        self.parts = self._build(
-            recipe,
-            self.accelerator,
-            self.run_dir,
-            rank=self.layout.dp_rank,
-            world=self.dp,
-            device=self.device,
-            source=source,
-        )
-        booster, self.model, self.optimizer = colossal.boost(
-            self.parts.model, lambda: self.parts.optimizer(recipe.optim), self.layout
-        )
-        self.passes = Passes(self.parts, booster, self.model, self.optimizer, self.layout)
-        self.model.train()
+        self.assemble(source)
         self.accelerator.seed(recipe.seed * 1_000_003 + self.rank)
         self.clock = StepClock(self.accelerator.synchronize)
         self.saved_step = None
@@ -144,6 +131,24 @@ class Engine:
                 self.parts.telemetry.event("resumed", f"from {found.name}")
         facts.record(self)
         self._status(state="running", world_size=self.world)
+
+    def assemble(self, source: str | None) -> None:
+        """The parts of this rank in its layout: model cut, filled (from ``source``, where given) and wrapped, optimizer
+        made."""
+        self.parts = self._build(
+            self.recipe,
+            self.accelerator,
+            self.run_dir,
+            rank=self.layout.dp_rank,
+            world=self.dp,
+            device=self.device,
+            source=source,
+        )
+        booster, self.model, self.optimizer = colossal.boost(
+            self.parts.model, lambda: self.parts.optimizer(self.recipe.optim), self.layout
+        )
+        self.passes = Passes(self.parts, booster, self.model, self.optimizer, self.layout)
+        self.model.train()
 
     # -- one step -----------------------------------------------------------------------------------------------------
 

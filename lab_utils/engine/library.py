@@ -84,6 +84,7 @@ with _stand_ins(), _nothing_compiled(), warnings.catch_warnings():
         HybridParallelZeroOptimizer,
         get_param_info,
     )
+    from colossalai.pipeline import p2p
     from colossalai.shardformer import ShardFormer
     from colossalai.shardformer.policies.base_policy import Policy
 
@@ -97,5 +98,6 @@ __all__ = [
     "ShardFormer",
     "colossalai",
     "get_param_info",
+    "p2p",
     "set_accelerator",
 ]

@@ -161,7 +161,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
 
         Small all-reduces, which also settle which parameters have a gradient on some rank.
         """
-        device = self._touched.device
+        device = self.buckets[0].gradients.device
         norms = torch._foreach_norm([bucket.own_gradients for bucket in self.buckets])
         shares = [bucket.sharding.ranks / bucket.sharding.shards for bucket in self.buckets]
         squares = (torch.stack(norms).square() / torch.tensor(shares, device=device)).sum()

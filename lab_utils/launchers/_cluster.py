@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from lab_utils.ascend import environment as ascend
 from lab_utils.recipe import Recipe
 from lab_utils.runs.directory import RunDirectory
 from lab_utils.telemetry.wandb import environment as wandb_environment
@@ -21,23 +22,6 @@ CANN = (
     "/usr/local/Ascend/cann/set_env.sh",
     "/usr/local/Ascend/ascend-toolkit/set_env.sh",
 )
-ASCEND = [
-    "# Ascend: torch loads torch_npu by itself",
-    "export TORCH_DEVICE_BACKEND_AUTOLOAD=1",
-    "# Ranks of a large job arrive minutes apart (imports from a shared file system); CANN waits 120 s",
-    "export HCCL_CONNECT_TIMEOUT=${HCCL_CONNECT_TIMEOUT:-1800}",
-    "# A collective must outlast the longest checkpoint or evaluation; the event time-out must be the longer",
-    "export HCCL_EXEC_TIMEOUT=${HCCL_EXEC_TIMEOUT:-3600} HCCL_EVENT_TIMEOUT=${HCCL_EVENT_TIMEOUT:-3660}",
-    "# The same order of sums at every step: a resumed run goes on with the same bits",
-    "export HCCL_DETERMINISTIC=${HCCL_DETERMINISTIC:-true}",
-    "# Fewer failures by fragmented memory (both variables set would be an error)",
-    '[ "${PYTORCH_ALLOC_CONF:-}" ] || : "${PYTORCH_NPU_ALLOC_CONF:=expandable_segments:True}"',
-    "export PYTORCH_NPU_ALLOC_CONF",
-    "# torchrun gives the ranks; a table that disagrees fails late",
-    "unset RANK_TABLE_FILE",
-    "# plogs of every rank in the run, where a failure's first error is looked for",
-    'export ASCEND_PROCESS_LOG_PATH="$run/logs/ascend"',
-]
 # Variables of whoever launches that the ranks need too.
 PASSED_ON = ("ASCENT_WORKER_MODULE", "ASCENT_ACCELERATOR", "PYTHONPATH")
 
@@ -112,7 +96,7 @@ def environment(
     if passed:
         lines += ["# As where the run was launched", *_exports(passed)]
     if kind in ("npu", "auto"):
-        lines += ASCEND
+        lines += ascend.lines(ascend.variables(recipe, '"$run/logs/ascend"'))
     else:
         lines += [
             "# An installed torch_npu without CANN would break `import torch`",

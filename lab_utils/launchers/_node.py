@@ -15,6 +15,7 @@ import sys
 import time
 from pathlib import Path
 
+from lab_utils.ascend.environment import problems
 from lab_utils.launchers._scheduled import ask_to_yield, ended
 from lab_utils.runs.directory import RunDirectory
 
@@ -66,6 +67,9 @@ def main(arguments: list[str]) -> int:
     if npus := visible_npus():
         environment["ASCEND_RT_VISIBLE_DEVICES"] = npus
     print(f"--- {os.uname().nodename}, {time.strftime('%Y-%m-%d %H:%M:%S')}", flush=True)
+    if any(DEVICES.glob("davinci[0-9]*")):
+        for problem in problems(environment):
+            print(f"warning: {problem.found}: {problem.advice}", flush=True)
     # Ignored signals stay ignored in torchrun (which is told not to handle SIGTERM); the ranks listen to both.
     shielded = ["bash", "-c", "trap '' TERM USR1; exec \"$@\"", "node", *command]
     with subprocess.Popen(shielded, env=environment, stdin=subprocess.DEVNULL) as torchrun:

@@ -64,6 +64,11 @@ class Options(LauncherOptions):
         120, ge=30, description="Seconds before the time limit at which a checkpoint is begun."
     )
     interface: str | None = Field(None, pattern=_WORD, description="Host network of the ranks, as bond0.")
+    profile: str | None = Field(
+        None,
+        pattern=r"^\S+$",
+        description="The cluster as the planner names it, as ascend-910c: its variables.",
+    )
     cann: str | None = Field(
         None, description="CANN's set_env.sh; absent: the environment's own, else /usr/local/Ascend's."
     )

@@ -88,6 +88,11 @@ class Options(LauncherOptions):
     port: int = Field(2222, ge=1024, le=65535, description="Port on which the first pod is met.")
     host_network: bool = Field(False, description="Pods on the nodes' network; advised above 1,000 nodes.")
     interface: str | None = Field(None, pattern=r"^\S+$", description="Network of the ranks, as eth0.")
+    profile: str | None = Field(
+        None,
+        pattern=r"^\S+$",
+        description="The cluster as the planner names it, as ascend-910c: its variables.",
+    )
     cann: str | None = Field(None, description="CANN's set_env.sh in the image; absent: the usual places.")
     python: str = Field("python", description="Python in the image.")
     setup: tuple[str, ...] = Field((), description="Lines of bash that come first in every pod.")

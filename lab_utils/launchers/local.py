@@ -17,6 +17,7 @@ from pathlib import Path
 
 import psutil
 
+from lab_utils.ascend import environment as ascend
 from lab_utils.errors import LayoutError, RunError
 from lab_utils.launchers._base import SCRIPT, JobInfo, exports, options_of, read_logs
 from lab_utils.recipe import Recipe
@@ -46,15 +47,13 @@ def environment(run_dir: RunDirectory, recipe: Recipe) -> tuple[dict[str, str], 
     soft = {
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Where torch_npu is installed without a device or CANN, importing torch fails unless this is 0.
-        "TORCH_DEVICE_BACKEND_AUTOLOAD": "1" if device_kind(recipe) == "npu" else "0",
     }
+    if device_kind(recipe) != "npu":
+        # Where torch_npu is installed without a device or CANN, importing torch fails unless this is 0.
+        soft["TORCH_DEVICE_BACKEND_AUTOLOAD"] = "0"
     if sys.platform == "linux":
         # All ranks are on this machine: a host name that doesn't resolve must not matter.
         soft["GLOO_SOCKET_IFNAME"] = "lo"
-    if device_kind(recipe) == "npu":
-        # CANN's own logs, where the first error of a failure is looked for.
-        firm["ASCEND_PROCESS_LOG_PATH"] = str(run_dir.path / "logs" / "ascend")
     return firm, soft
 
 
@@ -67,14 +66,15 @@ def render(run_dir: RunDirectory, recipe: Recipe) -> str:
     ]
     # Relative paths of a recipe mean what they meant where the run was first launched.
     folder = Path(run_dir.provenance.get("cwd") or Path.cwd())
+    logs = shlex.quote(str(run_dir.path / "logs" / "ascend"))
+    npu = ascend.lines(ascend.variables(recipe, logs)) if device_kind(recipe) == "npu" else []
     return (
         "#!/usr/bin/env bash\n"
         f"# {run_dir.name}: {recipe.cluster.nproc} ranks on this machine, recipe {recipe.hash[:12]}.\n"
         f"# Started by its supervisor: python -m {SUPERVISOR} {shlex.quote(str(run_dir.path))}\n"
         "set -euo pipefail\n"
         f"cd {shlex.quote(str(folder if folder.is_dir() else Path.cwd()))}\n"
-        f"{exports(firm, soft)}\n"
-        f"exec {shlex.join(command)}\n"
+        f"{exports(firm, soft)}\n" + "".join(f"{line}\n" for line in npu) + f"exec {shlex.join(command)}\n"
     )
 
 

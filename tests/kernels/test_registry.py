@@ -34,7 +34,7 @@ def test_the_environment_can_force_an_implementation(monkeypatch):
 def test_an_unknown_name_is_one_clear_sentence():
     with pytest.raises(ValueError, match="no operator 'ropes'"):
         registry.get("ropes")
-    with registry.force(rope="cobol"), pytest.raises(ValueError, match="choose one of torch, reference"):
+    with registry.force(rope="cobol"), pytest.raises(ValueError, match="choose one of npu, torch, reference"):
         registry.get("rope")
     with pytest.raises(ValueError, match="no implementation of rope runs on cpu"):
         registry.get("rope", "cpu", torch.int64)

@@ -18,9 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lab_utils.errors import LayoutError
 from lab_utils.models.base import AuxiliaryLoss, ModelOutput, RoutingRecord
-from lab_utils.models.deepseek_v4.counting import layer_costs
 
 
 @dataclass
@@ -93,45 +91,6 @@ class Stage:
 
     def _rank(self, turn: int) -> int:
         return dist.get_global_rank(self.group, turn % self.count)
-
-
-def split_layers(config: Any, stages: int, *, mtp: bool = False) -> list[int]:
-    """How many layers each of the stages holds, in order: the heaviest stage as light as can be.
-
-    Weighed by forward FLOPs (``counting.layer_costs``): window-only, CSA and HCA layers differ, and the last stage
-    carries the head besides, with ``mtp`` the block of multi-token prediction too. The embedding is a look-up.
-
-    Raises:
-        LayoutError: fewer layers than stages.
-    """
-    costs, head = layer_costs(config, mtp=mtp)
-    n = len(costs)
-    if n < stages:
-        raise LayoutError(
-            f"parallel.pp × parallel.virtual_stages = {stages} stages, but the model has {n} layers: use at most {n}."
-        )
-    upto = [0.0]
-    for cost in costs:
-        upto.append(upto[-1] + cost)
-    # best[s][i]: the heaviest stage when the first i layers are cut into s stages, and where the last one begins
-    best: list[dict[int, tuple[float, int]]] = [{0: (0.0, 0)}]
-    for s in range(1, stages + 1):
-        row = {}
-        for i in range(s, n - (stages - s) + 1):
-            extra = head if s == stages else 0.0
-            options = [
-                (max(best[s - 1][j][0], upto[i] - upto[j] + extra), j)
-                for j in range(s - 1, i)
-                if j in best[s - 1]
-            ]
-            row[i] = min(options, key=lambda option: (option[0], -option[1]))
-        best.append(row)
-    counts, i = [], n
-    for s in range(stages, 0, -1):
-        j = best[s][i][1]
-        counts.append(i - j)
-        i = j
-    return counts[::-1]
 
 
 def held_modules(model: nn.Module, ranges: list[tuple[int, int]], first: bool, last: bool) -> list[nn.Module]:

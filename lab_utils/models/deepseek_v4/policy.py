@@ -15,10 +15,11 @@ from colossalai.shardformer.policies.base_policy import ModulePolicyDescription,
 from colossalai.tensor.moe_tensor.api import set_moe_tensor_ep_group
 from torch import nn
 
+from lab_utils.models.deepseek_v4.counting import split_layers
 from lab_utils.models.deepseek_v4.expert_parallel import shard_experts
 from lab_utils.models.deepseek_v4.model import DeepseekV4
 from lab_utils.models.deepseek_v4.moe import Experts
-from lab_utils.models.deepseek_v4.pipeline import Stage, held_modules, split_layers, stage_forward
+from lab_utils.models.deepseek_v4.pipeline import Stage, held_modules, stage_forward
 
 
 class DeepseekV4Policy(Policy):

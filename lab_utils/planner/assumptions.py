@@ -1,0 +1,51 @@
+"""What a prediction takes for granted, beside the figures of a cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from lab_utils.planner.cluster import Case
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """The defaults are those of the engine as it is.
+
+    Args:
+        case: which end of the cluster's efficiencies: low, expected or high.
+        kernels: fused operators of the device (``docs/kernels.md``), or the plain ones that run anywhere.
+        hidden_exchange: share of the all-to-all that travels behind other work; the engine hides it behind the shared
+            expert alone, which is counted apart.
+        hidden_messages: streams between stages travel behind other work; the engine leaves ColossalAI's ``overlap_p2p``
+            off, which hangs (``engine/colossal.py``).
+        imbalance: rows that the fullest rank of an ep group gets over the mean; the others wait for it.
+        fp32_head: the head's products in fp32, as ``kernels/linear_logprob`` makes them.
+        even_buckets: Muon's gradient buffers within a tenth of their matrices' size. The engine closes a buffer when it
+            has four matrices a rank, and its rows are as long as the fullest: where sizes differ (attention's of
+            V4-Pro) it holds two to three times what it needs.
+        swapped: masters and moments wait in host memory and come to the device for the update; the engine updates on
+            the host instead (``parallel.offload``).
+        freed_outputs: a stage lets go of the streams that it has handed on; ColossalAI's schedules hold them until the
+            backward pass.
+        small_buffers: communicators with half the buffers of the cluster's figure (``HCCL_BUFFSIZE=100``); CANN's rule
+            asks for a micro-batch's activations, 56 MB for V4-Pro at 4K.
+        loss_share: tokens that bear loss; the head skips the others.
+        fp8: products of layers in fp8, which the engine doesn't do; for comparison with runs that did.
+    """
+
+    case: Case = "expected"
+    kernels: Literal["fused", "plain"] = "fused"
+    hidden_exchange: float = 0.0
+    hidden_messages: bool = False
+    imbalance: float = 1.1
+    fp32_head: bool = True
+    even_buckets: bool = False
+    swapped: bool = False
+    freed_outputs: bool = False
+    small_buffers: bool = False
+    loss_share: float = 1.0
+    fp8: bool = False
+
+    def but(self, **changes: object) -> Assumptions:
+        return replace(self, **changes)  # type: ignore[arg-type]

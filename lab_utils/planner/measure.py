@@ -1,0 +1,238 @@
+"""``lab doctor --measure``: this machine as a cluster, ``ASCENT_CACHE/clusters/local.yaml``, in about a minute.
+
+Measured, in child processes, with one thread a rank as a layout of many ranks has it: fp32 products by size, the
+operator of attention, memory, and messages between two ranks. A device is a core; GPUs and NPUs are described by
+a file of their own (``docs/planner.md``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lab_utils.console import say
+from lab_utils.errors import RunError
+
+SIZES = (64, 128, 256, 512, 1024)
+SECONDS = 1.5  # of each measurement
+DEVICE = "measured on this machine, one thread"
+
+
+def run(as_json: bool = False) -> Path:
+    """Measure, write the file, and say where it is.
+
+    Raises:
+        RunError: a measurement failed.
+    """
+    path = write(measure())
+    if as_json:
+        print(json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), indent=2))
+    else:
+        say(f"This machine as a cluster: {path} (lab plan RECIPE --cluster local).")
+    return path
+
+
+def measure() -> dict[str, Any]:
+    """Figures by name, SI units."""
+    say("measuring products, attention and memory on one core …")
+    found = _child("one")
+    say("measuring messages between two ranks …")
+    return {**found, **_child("two")}
+
+
+def write(found: dict[str, Any]) -> Path:
+    """The cluster's file from figures."""
+    from lab_utils.accelerators.cpu import cache_dir
+    from lab_utils.planner.cluster import Cluster
+
+    path = cache_dir() / "clusters" / "local.yaml"
+    tree = tree_of(found)
+    Cluster.model_validate(tree)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def tree_of(found: dict[str, Any]) -> dict[str, Any]:
+    """A cluster's YAML from what was measured."""
+
+    def figure(value: float, source: str = DEVICE) -> dict[str, Any]:
+        return {"value": float(f"{value:.4g}"), "source": source}
+
+    peak = max(found["products"].values())
+    curve = {float(size): float(f"{rate / peak:.4g}") for size, rate in found["products"].items()}
+    cores = found["cores"]
+    return {
+        "name": "local",
+        "about": f"this machine, {cores} cores, measured {found['date']}",
+        "kind": "cpu",
+        "devices_per_chip": 1,
+        "chips_per_node": cores,
+        "device": {
+            "memory_gib": figure(found["memory"] / cores / 2**30, "the machine's memory over its cores"),
+            "tflops": figure(
+                peak / 1e12, f"{DEVICE}: the fastest fp32 product, in which all products run on a CPU"
+            ),
+            "tflops_fp32": figure(peak / 1e12),
+            "bandwidth_tb_s": figure(
+                found["bandwidth"] / 1e12, f"{DEVICE}: a copy of 128 MiB, read and written"
+            ),
+        },
+        "planes": [
+            {
+                "name": "memory",
+                "gb_s": figure(found["message"] / 1e9, "measured: gloo, all-gather between two ranks"),
+                "latency_us": figure(found["latency"] * 1e6, "measured: gloo, an all-reduce of one number"),
+            }
+        ],
+        "host": {
+            "memory_gib": figure(found["memory"] / cores / 2**30, "the machine's memory over its cores"),
+            "gb_s": figure(found["bandwidth"] / 1e9, "the device's memory is the host's"),
+            "tflops": figure(peak / 1e12),
+            "storage_gb_s": figure(found["disk"] / 1e9, "measured: 64 MiB written and synced"),
+        },
+        "efficiency": {
+            "products": {"points": curve, "source": f"{DEVICE}: square fp32 products"},
+            "sustained": figure(1.0, "the curve is of this machine"),
+            "attention": figure(
+                min(1.0, found["attention"] / peak), f"{DEVICE}: shared_kv_attention, both ways"
+            ),
+            "memory": figure(1.0, "the bandwidth is measured"),
+            "network": figure(1.0, "the bandwidth is measured"),
+        },
+        "watts_per_chip": figure(15.0, "assumed: a core and its share of a server"),
+        "runtime_gib": figure(
+            found["resident"] / 2**30, "measured: a process that has imported torch and the engine"
+        ),
+        "communicator_mib": figure(2.0, "assumed: gloo's buffers"),
+        "allocator_share": figure(0.1, "assumed: glibc keeps what it freed"),
+        "host_wait_us": figure(0.0, "a CPU is its own host"),
+        "data_tokens_s": figure(2e6, "assumed: packed rows are cut ahead"),
+    }
+
+
+def _child(what: str) -> dict[str, Any]:
+    environ = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, "-m", "lab_utils.planner.measure", what]
+    if what == "two":
+        ranks = ["--nproc-per-node", "2", "--master-addr", "127.0.0.1", "--master-port", "0", "--standalone"]
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *ranks,
+            "-m",
+            "lab_utils.planner.measure",
+            what,
+        ]
+    done = subprocess.run(command, env=environ, capture_output=True, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        last = (done.stderr.strip().splitlines() or ["killed"])[-1]
+        raise RunError(f"lab doctor --measure: the measurement of {what} failed: {last[:200]}.")
+    return json.loads(lines[-1])
+
+
+def _rate(work: float, call: Any) -> float:
+    """Work a second of the fastest call within some seconds."""
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    call()
+    while (start := time.perf_counter()) < end or best == float("inf"):
+        call()
+        best = min(best, time.perf_counter() - start)
+    return work / best
+
+
+def _one() -> dict[str, Any]:
+    """Of one core."""
+    import psutil
+    import torch
+
+    from lab_utils.accelerators.cpu import measure_matmul
+
+    a = torch.zeros(32 << 20)
+    b = torch.empty_like(a)
+    bandwidth = _rate(2.0 * a.nbytes, lambda: b.copy_(a))
+    with tempfile.NamedTemporaryFile() as file:
+
+        def write_out() -> None:
+            file.seek(0)
+            file.write(bytes(64 << 20))
+            file.flush()
+            os.fsync(file.fileno())
+
+        disk = _rate(float(64 << 20), write_out)
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "cores": psutil.cpu_count(logical=True) or 1,
+        "memory": psutil.virtual_memory().total,
+        "products": {size: measure_matmul("float32", size, SECONDS) for size in SIZES},
+        "attention": _attention(),
+        "bandwidth": bandwidth,
+        "disk": disk,
+        "resident": psutil.Process().memory_info().rss - a.nbytes - b.nbytes,
+    }
+
+
+def _attention() -> float:
+    """FLOP/s of the attention operator, forward and backward, counted as ``work.layer`` counts the plain kernels."""
+    import torch
+
+    from kernels import registry
+    from kernels.geometry import Geometry
+
+    T, H, K, window = 256, 4, 32, 64
+    positions = torch.arange(T)[None]
+    geometry = Geometry(positions, torch.zeros_like(positions))
+    q = torch.randn(1, T, H, K, requires_grad=True)
+    kv = torch.randn(1, T, K, requires_grad=True)
+    sinks = torch.zeros(H, requires_grad=True)
+    cos, sin = torch.ones(1, T, 8), torch.zeros(1, T, 8)
+    attend = registry.get("shared_kv_attention", "cpu", torch.float32)
+
+    def call() -> None:
+        out, _ = attend(q, kv, sinks, cos, sin, geometry, window=window, eps=1e-6)
+        out.backward(torch.ones_like(out))
+
+    keys = 1 + window + window // 2
+    return _rate(7 * 2.0 * T * H * K * keys, call)
+
+
+def _two() -> dict[str, Any]:
+    """Of messages between two ranks."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    own, all_of_it = torch.zeros(4 << 20), torch.empty(8 << 20)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    message = _steady(lambda: gather(all_of_it, own), float(own.nbytes))
+    one = torch.zeros(1)
+    latency = 1.0 / _steady(lambda: dist.all_reduce(one), 1.0)
+    rank = dist.get_rank()
+    dist.barrier()
+    dist.destroy_process_group()
+    return {"message": message, "latency": latency} if rank == 0 else {}
+
+
+def _steady(call: Any, work: float, times: int = 20) -> float:
+    """Work a second of so many calls, the same number on every rank."""
+    call()
+    start = time.perf_counter()
+    for _ in range(times):
+        call()
+    return work * times / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    figures = _one() if sys.argv[1] == "one" else _two()
+    if figures:
+        print(json.dumps(figures), flush=True)

@@ -1,0 +1,39 @@
+"""All 284B weights of DeepSeek-V4-Flash on 128 Ascend 910C, Muon, 4K rows: set model.source to its weights."""
+
+from lab_utils.recipe import (
+    ClusterSection,
+    DataSection,
+    DataSource,
+    ModelSection,
+    OptimSection,
+    ParallelSection,
+    Recipe,
+    ScheduleSection,
+)
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        name="v4_flash_sft",
+        model=ModelSection(
+            source="preset:flash",
+            dtype="bfloat16",
+            checkpointing="full",
+            mtp_loss=0.1,
+            balance_loss=1e-4,
+        ),
+        data=DataSection(train=(DataSource(manifest="tulu-3-sft-mixture"),), row_tokens=4096),
+        # TR §4.2.2, but for the rate: none is published for fine-tuning; others' trials take 1e-5.
+        optim=OptimSection(kind="muon", lr=1e-5, eps=1e-20, weight_decay=0.1),
+        # Chosen by lab plan v4_flash_sft --cluster ascend-910c; docs/planner.md.
+        parallel=ParallelSection(ep=64, pp=4, virtual_stages=2),
+        schedule=ScheduleSection(
+            steps=1500,
+            batch_tokens=2048 * 4096,
+            micro_rows=1,
+            warmup_steps=50,
+            shape="cosine",
+            save_every=100,
+        ),
+        cluster=ClusterSection(accelerator="npu", launcher="slurm", nodes=16, nproc=16),
+    )

@@ -1,0 +1,39 @@
+"""All 1.6T weights of DeepSeek-V4-Pro on 1,024 Ascend 910C, Muon, 4K rows: set model.source to its weights."""
+
+from lab_utils.recipe import (
+    ClusterSection,
+    DataSection,
+    DataSource,
+    ModelSection,
+    OptimSection,
+    ParallelSection,
+    Recipe,
+    ScheduleSection,
+)
+
+
+def recipe() -> Recipe:
+    return Recipe(
+        name="v4_pro_sft",
+        model=ModelSection(
+            source="preset:pro",
+            dtype="bfloat16",
+            checkpointing="full",
+            mtp_loss=0.1,
+            balance_loss=1e-4,
+        ),
+        data=DataSection(train=(DataSource(manifest="tulu-3-sft-mixture"),), row_tokens=4096),
+        # TR §4.2.2, but for the rate: none is published for fine-tuning; others' trials take 1e-5.
+        optim=OptimSection(kind="muon", lr=1e-5, eps=1e-20, weight_decay=0.1),
+        # Chosen by lab plan v4_pro_sft --cluster ascend-910c; docs/planner.md.
+        parallel=ParallelSection(ep=64, pp=32),
+        schedule=ScheduleSection(
+            steps=1500,
+            batch_tokens=6144 * 4096,
+            micro_rows=1,
+            warmup_steps=50,
+            shape="cosine",
+            save_every=100,
+        ),
+        cluster=ClusterSection(accelerator="npu", launcher="slurm", nodes=128, nproc=16),
+    )
