@@ -66,9 +66,10 @@ HEAD = """# How far predictions can be trusted
 Made by `lab plan --calibration`; a test compares this page with what the command prints. Every prediction of the
 planner is computed from counts (`docs/planner.md`) and from the figures of a cluster's file. Products come from
 measured square products, all-to-all from measured dispatch and combine; the other efficiencies are assumptions with a
-low and a high end. No expected value was changed to meet a number of this table. Two things were settled after a first
-table had been seen: the high ends, which are now the best published single operators and were a tenth lower, and that
-published runs hide their messages and swap their optimizer. What a comparison takes for granted stands in its row.
+low and a high end. No expected value was changed to meet a number of this table. But it is not blind: settled after a
+first table had been seen were the high ends, which are now the best published single operators and were a tenth lower;
+that published runs hide their messages and swap their optimizer; the cost of casts to fp8; the SMs that DeepSeek-V3
+gives to messages; and Pangu's expert parallelism and overlap. What a comparison takes for granted stands in its row.
 
 {table}
 

@@ -88,7 +88,7 @@ def test_a_flipped_byte_ends_the_log_there(tmp_path):
 
 
 WRITER = """
-    import sys
+    import sys, time
     from lab_utils.rollouts.log import TokenLog
     sys.path.insert(0, {tests!r})
     from test_token_log import BUDGET, EOS, token_of
@@ -105,6 +105,7 @@ WRITER = """
     while live:
         step = [(key, *token_of(key, len(log.answers[key].tokens))) for key in live]
         log.append(step)
+        time.sleep(0.01)  # a kill is to meet it at work
         for key, token, logprob in step:
             print(key, len(log.answers[key].tokens) - 1, token, logprob.hex(), flush=True)
         live = [k for k in live if len(log.answers[k].tokens) < BUDGET and log.answers[k].tokens[-1] != EOS]
