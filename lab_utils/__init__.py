@@ -30,6 +30,7 @@ _WHERE = {
     "compare": "lab_utils.runs.compare",
     "curves": "lab_utils.runs.compare",
     "load_manifest": "lab_utils.data.manifest",
+    "plan": "lab_utils.planner.plan",
     "estimate": "lab_utils.planner.estimate",
     "evaluate": "lab_utils.evaluation.report",
     "audit": "lab_utils.engine.audit",

@@ -113,7 +113,8 @@ def step_waterfall(made: Plan, candidate: Candidate | None = None) -> Figure:
 
 
 def scaling(made: Plan, chips: Sequence[int] = CHIPS, *, grow_batch: bool = True) -> Figure:
-    """Tokens/s and MFU of the best layout from few chips to many, with the range of the cluster's efficiencies.
+    """Tokens/s and MFU of the best layout from few chips to many, with the range of the cluster's efficiencies; the
+    optimizer stays on the device.
 
     Args:
         grow_batch: the batch grows with the chips from the plan's own; else it stays, and micro-batches run out.
@@ -164,7 +165,7 @@ def scaling(made: Plan, chips: Sequence[int] = CHIPS, *, grow_batch: bool = True
         ax.margins(x=0.08)
         _finish(ax)
     missing = [p["chips"] for p in points if not p["tokens_per_s"]]
-    note = f"; no layout on {', '.join(f'{m:,}' for m in missing)}" if missing else ""
+    note = f"; none without offload on {', '.join(f'{m:,}' for m in missing)}" if missing else ""
     tokens = f"{made.recipe.schedule.batch_tokens / 1e6:.1f}M tokens a step"
     batch = f"{tokens} on {made.chips:,}, growing with the chips" if grow_batch else tokens
     figure.suptitle(

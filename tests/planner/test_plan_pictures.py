@@ -34,7 +34,7 @@ def test_a_curve_leaves_out_what_does_not_fit(flash):
     points = pictures.scaling_points(flash, (8, 128))
     assert points[0]["tokens_per_s"] is None and points[1]["mfu"] == pytest.approx(flash.best.time.mfu)
     figure = pictures.scaling(flash, (8, 128))
-    assert "no layout on 8" in figure._suptitle.get_text()
+    assert "none without offload on 8" in figure._suptitle.get_text()
 
 
 def test_where_nothing_fits_the_picture_says_so():
