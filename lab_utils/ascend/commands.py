@@ -48,7 +48,7 @@ def selftest(
     from lab_utils.ascend.selftest import run
 
     report = run(device, minutes=minutes, nproc=nproc, out=out, say=say)
-    emit(report.as_dict(), as_json, lambda: print(report.markdown()))
+    emit(report.as_dict(), as_json, lambda: print(report.markdown(), end=""))
     say(f"report: {report.path}")
     if not report.ok:
         raise typer.Exit(1)

@@ -177,10 +177,13 @@ def _adamw() -> list[str]:
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict:
+    import system_packages
+
     from lab_utils.ascend import stand_in, wheel
 
     if wheel.location() is None:
         pytest.skip("no torch_npu wheel beside this environment: make setup")
+    system_packages.installed(("gcc",), ("gcc", "libc6-dev"))
     folder = tmp_path_factory.mktemp("cann")
     stand_in.build(folder)
     environment = stand_in.environment(folder)
