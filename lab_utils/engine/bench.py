@@ -19,10 +19,9 @@ from lab_utils.data.rows import PackedRows
 from lab_utils.engine import colossal
 from lab_utils.engine.control import Stop
 from lab_utils.engine.engine import Engine
-from lab_utils.engine.parts import Parts
+from lab_utils.engine.parts import Parts, model_of
 from lab_utils.engine.reduce import gather_objects
 from lab_utils.engine.traffic import counted
-from lab_utils.engine.trial import model_of
 from lab_utils.objectives.sft import Sft
 from lab_utils.recipe import Recipe
 from lab_utils.runs.directory import RunDirectory

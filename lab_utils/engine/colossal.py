@@ -30,9 +30,10 @@ from lab_utils.engine.library import (
     get_param_info,
     set_accelerator,
 )
-from lab_utils.engine.placement import Sharding, even_shards
+from lab_utils.engine.placement import Sharding
 from lab_utils.engine.reduce import gather_objects
 from lab_utils.engine.zero import Groups, ZeroOptimizer
+from lab_utils.optim.dealing import even_shards
 from lab_utils.optim.groups import matrices
 from lab_utils.recipe import ParallelSection
 

@@ -98,6 +98,17 @@ class Parts:
         return load_member("lab_utils.optim", section.kind).build(groups, section)
 
 
+def model_of(recipe: Recipe, source: str | None = None, **options: Any) -> Any:
+    """The recipe's model, with all of its training signals; ``options`` of ``load_model`` overrule the recipe."""
+    from lab_utils.models.load import load_model
+
+    section = recipe.model
+    signals = ("indexer_loss", "indexer_phase", "mtp_loss", "balance_loss", "balance_rate", "checkpointing")
+    settings = {name: getattr(section, name) for name in signals}
+    settings |= {"dtype": section.dtype, "seed": recipe.seed, "scored": recipe.objective.kind == "reward"}
+    return load_model(source or section.source, **settings | options)
+
+
 def build_parts(
     recipe: Recipe,
     accelerator: Accelerator,
@@ -116,24 +127,11 @@ def build_parts(
     from lab_utils.data.documents import encoding_of
     from lab_utils.data.manifest import of_source
     from lab_utils.data.tokenizer import load_tokenizer
-    from lab_utils.models.load import load_model, load_tokenizer_path
+    from lab_utils.models.load import load_tokenizer_path
     from lab_utils.rollouts.prompts import build_prompts
 
     section = recipe.model
-    model = load_model(
-        source or section.source,
-        dtype=getattr(torch, section.dtype),
-        device=device,
-        seed=recipe.seed,
-        checkpointing=section.checkpointing,
-        indexer_loss=section.indexer_loss,
-        indexer_phase=section.indexer_phase,
-        mtp_loss=section.mtp_loss,
-        balance_loss=section.balance_loss,
-        balance_rate=section.balance_rate,
-        scored=recipe.objective.kind == "reward",
-        defer=True,
-    )
+    model = model_of(recipe, source, device=device, defer=True)
     tokenizer = load_tokenizer(section.tokenizer or load_tokenizer_path(section.source))
     shared = {"rank": rank, "world_size": world}
     # Held-out prompts are answered and verified, whatever is trained on; other data has the objective's loss.

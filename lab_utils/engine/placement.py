@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lab_utils.engine.rows import Rows
+from lab_utils.optim.dealing import assign
 
 MATRICES_A_RANK = 4  # a bucket of whole matrices holds this many for each rank before it is closed
 
@@ -196,28 +197,11 @@ def _whole_places(items: list[Wanted], sharding: Sharding, bucket_elements: int,
         yield _deal(run, sharding, loads)
 
 
-def even_shards(sizes: list[int], ranks: int) -> int:
-    """Over how many of the ranks whole matrices are dealt out: the largest divisor that leaves no rank more than a
-    tenth above its share. A large matrix on one of many ranks would make all of them hold room for it.
-    """
-    from lab_utils.optim.muon import assign
-
-    for shards in (d for d in range(ranks, 1, -1) if ranks % d == 0):
-        loads = [0] * shards
-        for owner, size in zip(assign(sizes, shards), sizes, strict=True):
-            loads[owner] += size
-        if max(loads) <= 1.1 * sum(sizes) / shards:
-            return shards
-    return 1
-
-
 def _deal(run: list, sharding: Sharding, loads: list[int]) -> tuple[list[Place], int]:
     """Owners for the matrices of one bucket: the largest first, to the rank that has least by now.
 
     ``loads`` goes on from bucket to bucket, so that ranks are even over all of them.
     """
-    from lab_utils.optim.muon import assign
-
     sizes = [view.size for _, _, views in run for view in views]
     chosen = assign(sizes, sharding.shards, loads)
     for row, size in zip(chosen, sizes, strict=True):

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from lab_utils.data.rows import PackedRows
-from lab_utils.engine.parts import Parts, write_config_of
-from lab_utils.models.load import load_model, save_pretrained
+from lab_utils.engine.parts import Parts, model_of, write_config_of
+from lab_utils.models.load import save_pretrained
 from lab_utils.objectives.sft import Sft
 from lab_utils.optim.schedules import learning_rate
 from lab_utils.optim.single_process import single_process
@@ -151,17 +151,6 @@ class TrialRows:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         self.step = state["step"]
-
-
-def model_of(recipe: Recipe, source: str | None = None, **options: Any) -> Any:
-    """The recipe's model, with all of its training signals."""
-    section = recipe.model
-    signals = ("indexer_loss", "indexer_phase", "mtp_loss", "balance_loss", "balance_rate", "checkpointing")
-    settings = {name: getattr(section, name) for name in signals} | {
-        "dtype": section.dtype,
-        "seed": recipe.seed,
-    }
-    return load_model(source or section.source, **settings | options)
 
 
 def build_trial(

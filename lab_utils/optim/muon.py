@@ -12,9 +12,8 @@ learning rate and weight decay can be used again. Legend: B matrices of one shap
 
 from __future__ import annotations
 
-import heapq
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -153,22 +152,3 @@ class Muon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
-
-
-def assign(sizes: Sequence[int], ranks: int, loads: Sequence[int] | None = None) -> list[int]:
-    """The rank that owns each matrix: largest first, each to the least laden rank (TR §3.4.1 asks for a knapsack).
-
-    The heaviest rank ends at most one matrix above the lightest. The same on every rank; ties go to the first.
-
-    Args:
-        sizes: elements of each matrix.
-        ranks: how many share them.
-        loads: elements that each rank holds already.
-    """
-    heap = [(load, rank) for rank, load in enumerate(loads or [0] * ranks)]
-    heapq.heapify(heap)
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        load, owners[index] = heap[0]
-        heapq.heapreplace(heap, (load + sizes[index], owners[index]))
-    return owners

@@ -7,10 +7,11 @@ written here a second time since the engine's module needs torch; ``tests/planne
 
 from __future__ import annotations
 
-import heapq
 from dataclasses import dataclass
 from functools import cache
 
+from lab_utils.optim import dealing
+from lab_utils.optim.dealing import assign
 from lab_utils.optim.groups import matrices
 from lab_utils.planner.numbers import (
     Numbers,
@@ -22,6 +23,8 @@ from lab_utils.planner.numbers import (
     size,
 )
 from lab_utils.planner.placed import Placed, Stage
+
+even_shards = cache(dealing.even_shards)  # of the same stages in a thousand layouts
 
 BUCKET_ELEMENTS = 12 * 2**20  # of engine.colossal.plugin
 MATRICES_A_RANK = 4  # of engine.placement
@@ -132,32 +135,6 @@ def _shards(
         found.append((even_shards(dense, dp), even_shards(experts, moe_dp)))
     dense_counts, expert_counts = zip(*found, strict=True)
     return min(dense_counts), min(expert_counts)
-
-
-@cache
-def even_shards(sizes: tuple[int, ...], ranks: int) -> int:
-    """As ``engine.placement.even_shards``: the most shards, a divisor of the ranks, that are within a tenth of even."""
-    total, largest = sum(sizes), max(sizes, default=0)
-    for shards in (d for d in range(ranks, 1, -1) if ranks % d == 0):
-        if largest > 1.1 * total / shards:
-            continue  # one matrix alone is above it
-        loads = [0] * shards
-        for owner, size_ in zip(assign(sizes, shards), sizes, strict=True):
-            loads[owner] += size_
-        if max(loads) <= 1.1 * total / shards:
-            return shards
-    return 1
-
-
-def assign(sizes: tuple[int, ...] | list[int], ranks: int, loads: list[int] | None = None) -> list[int]:
-    """As ``optim.muon.assign``: largest first, each to the least laden rank."""
-    heap = [(load, rank) for rank, load in enumerate(loads or [0] * ranks)]
-    heapq.heapify(heap)
-    owners = [0] * len(sizes)
-    for index in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        load, owners[index] = heap[0]
-        heapq.heapreplace(heap, (load + sizes[index], owners[index]))
-    return owners
 
 
 @cache

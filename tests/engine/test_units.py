@@ -24,11 +24,10 @@ from lab_utils.engine import checkpoint
 from lab_utils.engine.audit import compare
 from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
-from lab_utils.engine.placement import even_shards
 from lab_utils.engine.rows import Rows
 from lab_utils.engine.writer import Writer
 from lab_utils.errors import CheckpointError
-from lab_utils.optim.muon import assign
+from lab_utils.optim.dealing import assign, even_shards
 from lab_utils.recipe import Recipe
 
 

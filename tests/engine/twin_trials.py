@@ -19,9 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab_utils.accelerators import get_accelerator
 from lab_utils.engine import colossal, zero
-from lab_utils.engine.parts import Parts
+from lab_utils.engine.parts import Parts, model_of
 from lab_utils.engine.traffic import counted
-from lab_utils.engine.trial import model_of
 from lab_utils.engine.twin.collectives import to_json
 from lab_utils.engine.twin.doors import patched
 from lab_utils.engine.twin.job import Job, Rows

@@ -17,8 +17,9 @@ from lab_utils.models.deepseek_v4.initialize import initialize
 from lab_utils.models.deepseek_v4.model import DeepseekV4
 from lab_utils.models.presets import preset
 from lab_utils.optim import adamw, muon
+from lab_utils.optim.dealing import assign
 from lab_utils.optim.groups import matrices
-from lab_utils.optim.muon import Muon, assign
+from lab_utils.optim.muon import Muon
 from lab_utils.optim.single_process import single_process
 from lab_utils.optim.table import assignment_table, shapes_of, totals
 from lab_utils.recipe import OptimSection

@@ -89,21 +89,6 @@ def test_buckets_of_whole_matrices_are_those_of_the_engine(experts, shards):
     assert own.bucket == max(shards * width for _, width in buckets)
 
 
-def test_over_how_many_ranks_matrices_are_dealt_is_the_engines_answer():
-    from lab_utils.engine.placement import even_shards
-
-    for sizes in ([100] * 18, [117, 100, 22, 22, 22, 4, 4, 4, 4] * 4, [5], [1] * 7 + [50]):
-        for ranks in (1, 2, 8, 48):
-            assert state.even_shards(tuple(sizes), ranks) == even_shards(sizes, ranks)
-
-
-@given(st.lists(st.integers(1, 1000), min_size=1, max_size=40), st.integers(1, 12))
-def test_matrices_go_to_the_owners_that_the_engine_chooses(sizes, ranks):
-    from lab_utils.optim.muon import assign
-
-    assert state.assign(sizes, ranks) == assign(sizes, ranks)
-
-
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([1, 2, 3, 4, 5, 8, 12, 16]), st.sampled_from([1, 2, 3]), st.booleans())
 def test_every_layer_lies_in_one_stage(pp, v, mtp):

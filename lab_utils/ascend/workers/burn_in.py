@@ -6,12 +6,12 @@ loss must fall.
 
 from __future__ import annotations
 
-import json
 import math
-import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from lab_utils.ascend.workers import answer
 
 ROUND = 8  # batches that come again and again
 CHIP_SECONDS = 2.0
@@ -84,12 +84,4 @@ def main(options: dict[str, Any]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    found = main(given)
-    import torch.distributed as dist
-
-    from lab_utils.engine import colossal
-
-    if dist.get_rank() == 0:
-        Path(given["out"]).write_text(json.dumps(found))
-    colossal.leave()
+    answer(main)

@@ -6,12 +6,11 @@ the link, whatever the number of ranks.
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
+
+from lab_utils.ascend.workers import answer
 
 REPEATS = 5
 # Bytes that a rank must send, as a share of its buffer, by the number of ranks P.
@@ -82,12 +81,4 @@ def _place() -> tuple[int, int | None, int]:
 
 
 if __name__ == "__main__":
-    given = json.loads(Path(sys.argv[1]).read_text())
-    found = main(given)
-    import torch.distributed as dist
-
-    from lab_utils.engine import colossal
-
-    if dist.get_rank() == 0:
-        Path(given["out"]).write_text(json.dumps(found))
-    colossal.leave()
+    answer(main)

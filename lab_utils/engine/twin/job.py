@@ -14,14 +14,13 @@ from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop
 from lab_utils.engine.engine import Engine
 from lab_utils.engine.feeds import Feed
-from lab_utils.engine.parts import Parts
-from lab_utils.engine.placement import even_shards
+from lab_utils.engine.parts import Parts, model_of
 from lab_utils.engine.twin.device import Nowhere
 from lab_utils.models.deepseek_v4.counting import split_layers
 from lab_utils.models.deepseek_v4.materialise import _put
 from lab_utils.models.deepseek_v4.pipeline import held_modules
-from lab_utils.models.load import load_model
 from lab_utils.objectives import get_objective
+from lab_utils.optim.dealing import even_shards
 from lab_utils.optim.groups import matrices, rule
 from lab_utils.recipe import Recipe
 
@@ -93,19 +92,7 @@ def _parts(
 ) -> Parts:
     """The parts of a rank, its weights without values."""
     section = recipe.model
-    model = load_model(
-        section.source,
-        dtype=section.dtype,
-        device=device,
-        checkpointing=section.checkpointing,
-        indexer_loss=section.indexer_loss,
-        indexer_phase=section.indexer_phase,
-        mtp_loss=section.mtp_loss,
-        balance_loss=section.balance_loss,
-        balance_rate=section.balance_rate,
-        scored=recipe.objective.kind == "reward",
-        defer=True,
-    )
+    model = model_of(recipe, device=device, defer=True)
     model.materialise = lambda: _fill(model, getattr(torch, section.dtype), device)
     # Every tensor is made where it belongs, and torch does not swap the memory of fake parameters.
     model.to = lambda *args, **kwargs: model
