@@ -10,6 +10,7 @@ entries, N rows that close a window, m compression rate, E experts, F expert wid
 
 from __future__ import annotations
 
+from functools import cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,14 +23,18 @@ from kernels.routing.reference import SCORES
 
 if TYPE_CHECKING:
     from lab_utils.models.deepseek_v4.attention import Attention
-    from lab_utils.models.deepseek_v4.cache import AttentionCache, Step
+    from lab_utils.models.deepseek_v4.cache import AttentionCache
     from lab_utils.models.deepseek_v4.hyper_connections import HyperConnection, HyperHead
     from lab_utils.models.deepseek_v4.model import DeepseekV4
     from lab_utils.models.deepseek_v4.moe import MoE
+    from lab_utils.models.deepseek_v4.rotary import Rotary
 
 Array = NDArray[np.float32]
 # Elements of an expert's weight up to which a loop over the experts at work beats a grouped product.
 LOOPED = 1 << 18
+# Multiply-accumulates up to which OpenBLAS, which numpy's wheels carry, stays on the calling thread.
+ONE_THREAD = 1 << 18
+GROWTH = 1024  # rotations that are made at a time, at the least
 # Entries up to which those that are not selected are masked: copying the selected ones costs more.
 MASKED = 256
 f32 = np.float32
@@ -47,52 +52,98 @@ class CpuStep:
 
     def __init__(self, model: DeepseekV4, caches: dict[Attention, AttentionCache]) -> None:
         self.embedding = _array(model.model.embed_tokens.weight)
-        self.streams = model.config.hc_mult
+        self.streams, self.dense = model.config.hc_mult, model.warmup
         self.layers = [_Layer(layer, caches[layer.self_attn]) for layer in model.model.layers]
         self.head = _Head(model.model.hc_head)
         self.norm = _Norm(model.model.norm)
+        self.vocabulary = _array(model.head_weight).T
+        self.turns = _Turns(model.rotary)
 
-    def __call__(self, tokens: list[int], step: Step) -> tuple[Tensor, NDArray | None]:
-        """Final hidden states ``[R, D]``, and the experts of each row ``[R, L, k]``."""
+    def __call__(self, tokens: list[int], positions: list[int]) -> tuple[Tensor, NDArray]:
+        """Logits ``[R, V]`` behind a token of each row, and the experts of each row ``[R, L, k]``."""
         ids_R = np.asarray(tokens)
-        now = _Now(step)
+        now = _Now(positions, self.turns, self.dense)
         h_RnD = np.repeat(self.embedding[ids_R][:, None], self.streams, 1)
         experts = []
         for layer in self.layers:
             h_RnD, chosen_Rk = layer(h_RnD, ids_R, now)
             experts.append(chosen_Rk)
-        return torch.from_numpy(self.norm(self.head(h_RnD))), np.stack(experts, 1)
+        logits_RV = _dot(self.norm(self.head(h_RnD)), self.vocabulary)
+        return torch.from_numpy(logits_RV), np.stack(experts, 1)
+
+
+class _Turns:
+    """RoPE's rotations as complex numbers, of all positions that were asked for yet."""
+
+    def __init__(self, rotary: Rotary) -> None:
+        self.rotary, self.tables = rotary, {}
+
+    def __call__(self, kind: str, position_R: NDArray, longest: int) -> NDArray[np.complex64]:
+        """``[R, pairs]``; ``longest``: no position is above."""
+        table = self.tables.get(kind)
+        if table is None or longest >= len(table):
+            angles = self.rotary(kind, torch.arange(max(GROWTH, 2 * longest)))
+            table = self.tables[kind] = torch.complex(*angles).numpy()
+        return table[position_R]
 
 
 class _Now:
-    """What the layers read of a step, as arrays; what ``Step`` doesn't keep is made once here."""
+    """A token of each row: where it stands, and what all layers of a kind read alike (made once)."""
 
-    def __init__(self, step: Step) -> None:
-        self.step, self._made = step, {}
-        self.rows_R = step.rows_R.numpy()
-        self.position_R = step.position_R.numpy()
+    def __init__(self, positions: list[int], turns: _Turns, dense: bool) -> None:
+        self.position_R = np.asarray(positions)
+        self.rows_R = np.arange(len(positions))
+        self.longest, self.shortest, self.dense = max(positions), min(positions), dense
+        self.turns, self._made = turns, {}
+
+    def entries(self, rate: int) -> int:
+        """The most entries that a row sees."""
+        return (self.longest + 1) // rate
 
     def turn(self, kind: str) -> NDArray[np.complex64]:
         """Rotation of each row ``[R, pairs]``."""
-        return self._once(("turn", kind), lambda: _turn(self.step.rotary(kind, self.step.position_R)))
+        return self._once(("turn", kind), lambda: self.turns(kind, self.position_R, self.longest))
 
     def place(self, ring: int) -> NDArray:
+        """Of the token in a ring of this size ``[R]``."""
         return self._once(("place", ring), lambda: self.position_R % ring)
 
-    def bias(self, window: int, rate: int | None, columns: int) -> Array:
-        return self.step.bias(window, rate, columns).numpy()
+    def bias(self, window: int, rate: int | None) -> Array:
+        """0 where a row sees a key, else -inf: ``[R, 1, 1 + w + C]``, the first column being the sink's."""
 
-    def hidden(self, rate: int, entries: int) -> NDArray:
-        return self.step.hidden(rate, entries).numpy()
+        def make() -> Array:
+            C = self.entries(rate) if rate else 0
+            bias_RX = np.zeros((len(self.rows_R), 1 + window + C), f32)
+            if self.shortest < window:
+                np.copyto(
+                    bias_RX[:, 1 : 1 + window], -np.inf, where=np.arange(window) > self.position_R[:, None]
+                )
+            if C:
+                bias_RX[:, 1 + window :] = self.hidden(rate)
+            return bias_RX[:, None]
+
+        return self._once(("bias", window, rate), make)
+
+    def hidden(self, rate: int) -> Array:
+        """-inf for entries that a row does not see, else 0: ``[R, C]``."""
+
+        def make() -> Array:
+            hidden_RC = np.arange(self.entries(rate)) >= ((self.position_R + 1) // rate)[:, None]
+            return np.where(hidden_RC, f32(-np.inf), f32(0))
+
+        return self._once(("hidden", rate), make)
 
     def closing(self, rate: int, overlap: bool) -> _Closing | None:
         def make() -> _Closing | None:
-            found = self.step.closing(rate, overlap)
-            if found is None:
+            next_R = self.position_R + 1
+            rows_N = np.flatnonzero(next_R % rate == 0)
+            if not len(rows_N):
                 return None
-            fresh = found.fresh_N11.numpy() if found.fresh_N11 is not None else None
-            rows, order, entry = (x.numpy() for x in (found.rows_N, found.order_NY, found.entry_N))
-            return _Closing(rows, order, fresh, entry, _turn(found.angles))
+            Y, next_N = rate * (2 if overlap else 1), next_R[rows_N]
+            entry_N = next_N // rate - 1
+            fresh = (entry_N == 0)[:, None, None] if overlap else None
+            turn = self.turns("compress", entry_N * rate, self.longest)
+            return _Closing(rows_N, (next_N[:, None] + np.arange(Y)) % Y, fresh, entry_N, turn)
 
         return self._once(("closing", rate, overlap), make)
 
@@ -103,7 +154,7 @@ class _Now:
 
 
 class _Closing(NamedTuple):
-    """``cache.Closing`` as arrays."""
+    """Rows whose token closes a window of a pool; ``cache.Closing`` as arrays."""
 
     rows_N: NDArray
     order_NY: NDArray
@@ -153,7 +204,7 @@ class _Connection:
         """Collapsed ``[R, D]``, post ``[R, n]`` and comb ``[n, n, R]`` (rows last)."""
         R, n, _ = h_RnD.shape
         u = h_RnD.reshape(R, -1)
-        z = np.multiply(np.dot(u, self.fn).T, _inverse_rms(u, self.norm_eps), order="C")
+        z = np.multiply(_dot(u, self.fn).T, _inverse_rms(u, self.norm_eps), order="C")
         z *= self.factor
         z += self.base
         gates = torch.sigmoid(torch.from_numpy(z[: 2 * n])).numpy().T
@@ -182,7 +233,7 @@ class _Head:
 
     def __call__(self, h_RnD: Array) -> Array:
         u = h_RnD.reshape(len(h_RnD), -1)
-        z = np.dot(u, self.fn) * _inverse_rms(u, self.norm_eps)[:, None]
+        z = _dot(u, self.fn) * _inverse_rms(u, self.norm_eps)[:, None]
         a = torch.sigmoid(torch.from_numpy(z * self.scale + self.base)).numpy() + self.eps
         return np.matmul(a[:, None], h_RnD)[:, 0]
 
@@ -199,36 +250,41 @@ class _Attention:
         groups = attention.o_a_proj.groups
         self.out_a = attention.o_a_proj.weight.detach().unflatten(0, (groups, -1)).transpose(1, 2)
         self.out_b = _array(attention.o_b_proj.weight).T
+        self.out = _one_product(self.out_a, self.out_b)
         self.pool_norms = [_Norm(pool.kv_norm) for pool in cache.pools]
         self.pool_at = _slices([len(norm.weight) for norm in self.pool_norms])
         if cache.pools:
             self.bias = _array(cache.bias_mF)
 
     def __call__(self, x_RD: Array, now: _Now) -> Array:
-        cache, R, step = self.cache, len(x_RD), now.step
-        into = np.dot(x_RD, self.into)
-        q_a, kv, *pooled = [into[:, at] for at in self.into_at]
-        queries = np.dot(self.q_norm(q_a), self.queries)
-        queries = [queries[:, at] for at in self.queries_at]
+        cache, R, into_at = self.cache, len(x_RD), self.into_at
+        into = _dot(x_RD, self.into)
+        queries = _dot(self.q_norm(into[:, into_at[0]]), self.queries)
         turn = now.turn(self.kind)
         keys = cache.keys_RXK.numpy()
-        keys[now.rows_R, 1 + now.place(cache.start - 1)] = _rotate(self.kv_norm(kv), turn)
-        selected_RS = None
+        keys[now.rows_R, 1 + now.place(cache.start - 1)] = _rotate(self.kv_norm(into[:, into_at[1]]), turn)
+        keys_RXK, bias_R1X = cache.keys_RXK, None
         if cache.pools:
-            self._pool(pooled[0], now)
-            if cache.indexer is not None and not step.dense and step.entries(cache.rate) > cache.indexer.topk:
-                selected_RS = self._select(queries[1], pooled[1], turn, now)
-        keys_RXK, bias_R1X = self._attended(selected_RS, now)
-        q_RHK = queries[0].reshape(R, self.heads, -1)
+            self._pool(into[:, into_at[2]], now)
+            keys_RXK = cache.keys_RXK  # has room for the new entry
+            if cache.indexer is not None and not now.dense and now.entries(cache.rate) > cache.indexer.topk:
+                selected_RS = self._select(queries[:, self.queries_at[1]], into[:, into_at[3]], turn, now)
+                keys_RXK, bias_R1X = self._selected(selected_RS, now)
+        if bias_R1X is None:
+            bias_R1X = now.bias(cache.start - 1, cache.rate if cache.pools else None)
+        keys_RXK = keys_RXK[:R, : bias_R1X.shape[2]]
+        q_RHK = queries[:, self.queries_at[0]].reshape(R, self.heads, -1)
         q_RHK = q_RHK * (_inverse_rms(q_RHK, self.eps) * f32(q_RHK.shape[-1] ** -0.5))[..., None]
         scores = torch.bmm(torch.from_numpy(_rotate(q_RHK, turn[:, None])), keys_RXK.transpose(1, 2))
         raw = scores.numpy()
         raw += bias_R1X
         raw[:, :, 0] = self.sinks
-        out_RHK = torch.bmm(scores.softmax(-1), keys_RXK).numpy()
-        out_RHK = _rotate(out_RHK, turn.conj()[:, None]).reshape(R, len(self.out_a), -1)
-        inner = torch.bmm(torch.from_numpy(out_RHK).transpose(0, 1), self.out_a)
-        return np.dot(inner.transpose(0, 1).reshape(R, -1).numpy(), self.out_b)
+        out_RHK = _rotate(torch.bmm(scores.softmax(-1), keys_RXK).numpy(), turn.conj()[:, None])
+        if self.out is not None:
+            return _dot(out_RHK.reshape(R, -1), self.out)
+        out_RGX = torch.from_numpy(out_RHK.reshape(R, len(self.out_a), -1))
+        inner = torch.bmm(out_RGX.transpose(0, 1), self.out_a)
+        return _dot(inner.transpose(0, 1).reshape(R, -1).numpy(), self.out_b)
 
     def _pool(self, projected_RF: Array, now: _Now) -> None:
         cache, m = self.cache, self.cache.rate
@@ -250,7 +306,7 @@ class _Attention:
         else:
             gates = gate + self.bias
         pooled = np.add.reduce(kv * torch.from_numpy(gates).softmax(1).numpy(), 1)
-        cache._make_room(now.step.entries(m))
+        cache._make_room(now.entries(m))
         entries, *keys = (
             _rotate(norm(pooled[:, at]), closing.turn)
             for norm, at in zip(self.pool_norms, self.pool_at, strict=True)
@@ -260,36 +316,32 @@ class _Attention:
             cache.index_RCI.numpy()[closing.rows_N, closing.entry_N] = keys[0]
 
     def _select(self, q_RX: Array, scored_RH: Array, turn: NDArray, now: _Now) -> NDArray:
+        """Entries that each row attends ``[R, S]``; where there are fewer, some that it does not see."""
         cache, indexer, R = self.cache, self.cache.indexer, len(q_RX)
-        C = now.step.entries(cache.rate)
+        C = now.entries(cache.rate)
         q_RHI = _rotate(q_RX.reshape(R, indexer.heads, -1), turn[:, None])
         dots = torch.bmm(torch.from_numpy(q_RHI), cache.index_RCI[:R, :C].transpose(1, 2)).relu_()
         weights = torch.from_numpy(scored_RH * f32(indexer.scorer.factor))
         scores_RC = torch.bmm(weights[:, None], dots)[:, 0].numpy()
         # As kernels._support.break_ties: of several zeros the earliest entry ranks first.
-        scores_RC = np.where(scores_RC == 0, np.arange(1, C + 1, dtype=f32) * f32(-1e-30), scores_RC)
-        scores_RC[now.hidden(cache.rate, C)] = -np.inf
-        values, selected_RS = torch.from_numpy(scores_RC).topk(indexer.topk, -1)
-        return np.where(values.numpy() == -np.inf, -1, selected_RS.numpy())
+        np.copyto(scores_RC, np.arange(1, C + 1, dtype=f32) * f32(-1e-30), where=scores_RC == 0)
+        scores_RC += now.hidden(cache.rate)
+        return np.argpartition(scores_RC, C - indexer.topk, 1)[:, C - indexer.topk :]
 
-    def _attended(self, selected_RS: NDArray | None, now: _Now) -> tuple[Tensor, Array]:
-        cache, R, window = self.cache, len(now.rows_R), self.cache.start - 1
-        if selected_RS is None:
-            rate = cache.rate if cache.pools else None
-            C = now.step.entries(rate) if rate else 0
-            return cache.keys_RXK[:R, : cache.start + C], now.bias(window, rate, C)
-        C = now.step.entries(cache.rate)
-        bias_R1X = now.bias(window, None, 0)
-        if C <= MASKED:
-            seen_RC = np.full((R, C + 1), f32(-np.inf))  # the last one is for those that are none: number -1
-            seen_RC[now.rows_R[:, None], selected_RS] = 0
-            bias_R1X = np.concatenate([bias_R1X, seen_RC[:, None, :C]], 2)
-            return cache.keys_RXK[:R, : cache.start + C], bias_R1X
+    def _selected(self, selected_RS: NDArray, now: _Now) -> tuple[Tensor, Array]:
+        """Keys ``[≥ R, ≥ X, K]`` and what is added to their scores ``[R, 1, X]``."""
+        cache, rows_R1 = self.cache, now.rows_R[:, None]
+        hidden_RC, window = now.hidden(cache.rate), now.bias(cache.start - 1, None)
+        if hidden_RC.shape[1] <= MASKED:
+            bias_RC = np.full_like(hidden_RC, -np.inf)
+            bias_RC[rows_R1, selected_RS] = hidden_RC[rows_R1, selected_RS]
+            return cache.keys_RXK, np.concatenate([window, bias_RC[:, None]], 2)
         keys = cache.keys_RXK.numpy()
-        chosen_RSK = keys[now.rows_R[:, None], cache.start + np.maximum(selected_RS, 0)]
-        none_RS = np.where(selected_RS < 0, f32(-np.inf), f32(0))
-        keys_RXK = np.concatenate([keys[:R, : cache.start], chosen_RSK], 1)
-        return torch.from_numpy(keys_RXK), np.concatenate([bias_R1X, none_RS[:, None]], 2)
+        keys_RXK = np.concatenate(
+            [keys[: len(rows_R1), : cache.start], keys[rows_R1, cache.start + selected_RS]], 1
+        )
+        bias_R1X = np.concatenate([window, hidden_RC[rows_R1, selected_RS][:, None]], 2)
+        return torch.from_numpy(keys_RXK), bias_R1X
 
 
 class _Experts:
@@ -309,7 +361,7 @@ class _Experts:
         self.shared_out = _array(shared.down_proj.weight).T
 
     def __call__(self, x_RD: Array, ids_R: NDArray) -> tuple[Array, NDArray]:
-        scores_RE = SCORES[self.options["scoring"]](torch.from_numpy(np.dot(x_RD, self.router))).numpy()
+        scores_RE = SCORES[self.options["scoring"]](torch.from_numpy(_dot(x_RD, self.router))).numpy()
         k = self.options["k"]
         if self.table is not None:
             chosen_Rk = self.table[ids_R]
@@ -320,7 +372,7 @@ class _Experts:
             f32(self.options["scaling"]) / (np.add.reduce(weights_Rk, 1, keepdims=True) + f32(1e-20))
         )
         y_RD = self._routed(x_RD, chosen_Rk, weights_Rk)
-        y_RD += np.dot(self._swiglu(np.dot(x_RD, self.shared_in)), self.shared_out)
+        y_RD += _dot(self._swiglu(_dot(x_RD, self.shared_in)), self.shared_out)
         return y_RD, chosen_Rk
 
     def _routed(self, x_RD: Array, chosen_Rk: NDArray, weights_Rk: Array) -> Array:
@@ -338,12 +390,12 @@ class _Experts:
         if not self.looped:
             ends = torch.from_numpy(ends_E.astype(np.int32))
             return F.grouped_mm(torch.from_numpy(x_MX), weight_EXY, offs=ends).numpy()
-        weights, dot = weight_EXY.numpy(), np.dot
+        weights = weight_EXY.numpy()
         out = np.empty((len(x_MX), weights.shape[2]), f32)
         start = 0
         for weight, stop in zip(weights, ends_E.tolist(), strict=True):
             if start < stop:
-                dot(x_MX[start:stop], weight, out[start:stop])
+                _dot(x_MX[start:stop], weight, out[start:stop])
             start = stop
         return out
 
@@ -355,6 +407,15 @@ class _Experts:
         return act
 
 
+def _one_product(out_a_GXY: Tensor, out_b_ZD: Array) -> Array | None:
+    """The groups' output projections and the one behind them as one matrix, where that has fewer elements."""
+    G, X, Y = out_a_GXY.shape
+    if G * X * out_b_ZD.shape[1] > out_a_GXY.numel() + out_b_ZD.size:
+        return None
+    return torch.bmm(out_a_GXY, torch.from_numpy(out_b_ZD).reshape(G, Y, -1)).flatten(0, 1).numpy()
+
+
+@cache
 def _sums(n: int, dim: int, eps: float) -> Array:
     """Times the n² numbers of a matrix and a 1: for each of them the sum along ``dim`` through it plus eps, and 1."""
     same = np.eye(n, dtype=f32)
@@ -363,6 +424,14 @@ def _sums(n: int, dim: int, eps: float) -> Array:
     out[:-1, :-1] = np.kron(all_, same) if dim == 0 else np.kron(same, all_)
     out[:-1, -1], out[-1, -1] = eps, 1
     return out
+
+
+def _dot(a_MK: Array, b_KN: Array, out_MN: Array | None = None) -> Array:
+    """A product, by whichever library starts sooner; of numpy's, none that would wake its threads beside torch's."""
+    if len(a_MK) * b_KN.size <= ONE_THREAD:
+        return np.dot(a_MK, b_KN, out_MN)
+    out = None if out_MN is None else torch.from_numpy(out_MN)
+    return torch.mm(torch.from_numpy(a_MK), torch.from_numpy(b_KN), out=out).numpy()
 
 
 def _slices(sizes: list[int]) -> list[slice]:
@@ -378,17 +447,17 @@ def _mixed(h_RnD: Array, y_RD: Array, post_Rn: Array, comb_jkR: Array) -> Array:
 
 
 def _inverse_rms(x: Array, eps: np.float32) -> Array:
-    return f32(1) / np.sqrt(np.vecdot(x, x) / f32(x.shape[-1]) + eps)
+    size = f32(x.shape[-1])
+    squares = np.vecdot(x, x)
+    squares += size * eps
+    np.divide(size, squares, out=squares)
+    return np.sqrt(squares, out=squares)
 
 
 def _rotate(x: Array, turn: NDArray[np.complex64]) -> Array:
     """The last channels of x rotated in place, by pairs."""
     x[..., x.shape[-1] - 2 * turn.shape[-1] :].view(np.complex64)[...] *= turn
     return x
-
-
-def _turn(angles: tuple[Tensor, Tensor]) -> NDArray[np.complex64]:
-    return torch.complex(*angles).numpy()
 
 
 def _array(x: Tensor) -> Array:

@@ -104,12 +104,12 @@ class DeepseekV4Decoding:
         model, device = self.model, self.like.device
         R = len(tokens)
         positions = self.lengths[:R]
-        step = Step(positions, torch.tensor(positions, device=device), model.rotary, model.warmup)
         self.lengths[:R] = [position + 1 for position in positions]
         if self._on_cpu is not None:
-            hidden_RD, experts = self._on_cpu(tokens, step)
+            logits_RV, experts = self._on_cpu(tokens, positions)
             routing = torch.from_numpy(experts).to(torch.int16) if want_routing else None
-            return Decoded(self._project(hidden_RD), None if routing is None else list(routing[:, None]))
+            return Decoded(logits_RV, None if routing is None else list(routing[:, None]))
+        step = Step(positions, torch.tensor(positions, device=device), model.rotary, model.warmup)
         context = Context(
             torch.tensor(tokens, device=device)[:, None],
             _Positions(step.position_R[:, None]),
