@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels._products import mm
+from kernels._products import full_mm, operands
 from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype, workspace
 from kernels.linear_kl.reference import check
@@ -23,13 +23,13 @@ class _LinearKl(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, teacher_NE, teacher_head_VE, kind, beta, chunk):
         full, N = full_dtype(hidden_ND), len(hidden_ND)
-        heads = head_VD.to(full), teacher_head_VE.to(full)
+        student, teacher = operands(hidden_ND, head_VD), operands(teacher_NE, teacher_head_VE)
         kl_N = torch.empty(N, dtype=full, device=hidden_ND.device)
         # What the gradient subtracts: the mean, under the student, of the log-ratio that it weighs.
         mean_N = torch.empty_like(kl_N)
         for start in range(0, N, chunk):
             part = slice(start, start + chunk)
-            q_nV, p_nV = _distributions(hidden_ND[part].to(full), teacher_NE[part].to(full), *heads)
+            q_nV, p_nV = (_log_softmax(slot, *each, part) for slot, each in enumerate((student, teacher), 1))
             kl_N[part], mean_N[part] = _divergence(q_nV, p_nV, kind, beta)
         ctx.save_for_backward(hidden_ND, head_VD, teacher_NE, teacher_head_VE, mean_N)
         ctx.kind, ctx.beta, ctx.chunk = kind, beta, chunk
@@ -39,31 +39,31 @@ class _LinearKl(torch.autograd.Function):
     def backward(ctx, grad_N):
         hidden_ND, head_VD, teacher_NE, teacher_head_VE, mean_N = ctx.saved_tensors
         full, (wants_hidden, wants_head) = full_dtype(hidden_ND), ctx.needs_input_grad[:2]
-        heads = head_VD.to(full), teacher_head_VE.to(full)
+        student, teacher = operands(hidden_ND, head_VD), operands(teacher_NE, teacher_head_VE)
         d_hidden = torch.empty_like(hidden_ND) if wants_hidden else None
         d_head = torch.zeros(head_VD.shape, dtype=full, device=head_VD.device) if wants_head else None
         for start in range(0, len(hidden_ND), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            hidden = hidden_ND[part].to(full)
-            q_nV, p_nV = _distributions(hidden, teacher_NE[part].to(full), *heads)
+            q_nV, p_nV = (_log_softmax(slot, *each, part) for slot, each in enumerate((student, teacher), 1))
             d_logits = _gradient(q_nV, p_nV, mean_N[part, None], ctx.kind, ctx.beta)
             d_logits.mul_(grad_N[part, None].to(full))
+            inputs_ND, head = student
+            d_logits = d_logits.to(head.dtype)
             if wants_hidden:
-                d_hidden[part] = mm(d_logits, heads[0])
+                d_hidden[part] = full_mm(d_logits, head)
             if wants_head:
-                d_head += mm(d_logits.T, hidden)
+                d_head += full_mm(d_logits.T, inputs_ND[part])
         d_head = d_head.to(head_VD.dtype) if wants_head else None
         return d_hidden, d_head, None, None, None, None, None
 
 
-def _distributions(hidden_nD, teacher_nE, head_VD, teacher_head_VE) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of student and teacher ``[n, V]`` in slots 1 and 2 of the workspace; slot 0 is free again."""
-    found = []
-    for slot, (states, head) in enumerate(((hidden_nD, head_VD), (teacher_nE, teacher_head_VE)), 1):
-        shape = (len(states), len(head))
-        logits = mm(states, head.T, out=workspace(0, shape, states))
-        found.append(torch.log_softmax(logits, -1, out=workspace(slot, shape, states)))
-    return found[0], found[1]
+def _log_softmax(slot: int, states_NX: Tensor, head_VX: Tensor, part: slice) -> Tensor:
+    """Log-probabilities of a part of the tokens ``[n, V]`` in this slot of the workspace; slot 0 is free again."""
+    full = full_dtype(states_NX)
+    like, states_nX = states_NX.new_empty(0, dtype=full), states_NX[part]
+    shape = (len(states_nX), len(head_VX))
+    logits = full_mm(states_nX, head_VX.T, out=workspace(0, shape, like))
+    return torch.log_softmax(logits, -1, out=workspace(slot, shape, like))
 
 
 def _mixture(q_nV: Tensor, p_nV: Tensor, beta: float) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import _npu
+from kernels._products import full_mm, operands
 from kernels._support import full_dtype
 from kernels.linear_logprob.torch import DEVICE_CHUNK
 
@@ -26,13 +27,13 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, chunk):
         full = full_dtype(hidden_ND)
-        head_DV = weight_VD.to(full).T
+        inputs_ND, head_VD = operands(hidden_ND, weight_VD)
         logprob = torch.empty(len(targets_N), dtype=full, device=hidden_ND.device)
         log_z, entropy = torch.empty_like(logprob), torch.empty_like(logprob)
         correct = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
         for start in range(0, len(targets_N), chunk):
             part, targets_n = slice(start, start + chunk), targets_N[start : start + chunk]
-            logits_nV = hidden_ND[part].to(full) @ head_DV
+            logits_nV = full_mm(inputs_ND[part], head_VD.T)
             loss_n, log_p_nV, _, _ = _npu.call(LOSS, logits_nV, targets_n, reduction="none")
             logprob[part] = -loss_n
             log_z[part] = logits_nV.gather(1, targets_n[:, None]).squeeze(1) + loss_n
@@ -47,19 +48,20 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_N, _correct, _entropy):
         hidden_ND, weight_VD, targets_N, log_z = ctx.saved_tensors
         full = full_dtype(hidden_ND)
-        head_VD = weight_VD.to(full)
+        inputs_ND, head_VD = operands(hidden_ND, weight_VD)
         d_hidden = torch.empty_like(hidden_ND)
         d_weight = torch.zeros(weight_VD.shape, dtype=full, device=weight_VD.device)
         for start in range(0, len(targets_N), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            hidden_nD = hidden_ND[part].to(full)
-            log_p_nV = (hidden_nD @ head_VD.T).sub_(log_z[part, None])
+            hidden_nD = inputs_ND[part]
+            log_p_nV = full_mm(hidden_nD, head_VD.T).sub_(log_z[part, None])
             # The log-probability is the loss with the other sign.
             d_logits_nV = _npu.call(
                 GRADIENT, -grad_N[part].to(full), log_p_nV, targets_N[part], reduction="none"
             )
-            d_hidden[part] = (d_logits_nV @ head_VD).to(d_hidden.dtype)
-            d_weight += d_logits_nV.T @ hidden_nD
+            d_logits_nV = d_logits_nV.to(head_VD.dtype)
+            d_hidden[part] = full_mm(d_logits_nV, head_VD).to(d_hidden.dtype)
+            d_weight += full_mm(d_logits_nV.T, hidden_nD)
         return d_hidden, d_weight.to(weight_VD.dtype), None, None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels._products import mm
+from kernels._products import full_mm, operands
 from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype, workspace
 
@@ -19,18 +19,18 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, weight_VD, targets_N, chunk):
         full = full_dtype(hidden_ND)
-        head_DV = weight_VD.to(full).T
+        inputs_ND, head_VD = operands(hidden_ND, weight_VD)
         logprob = torch.empty(len(targets_N), dtype=full, device=hidden_ND.device)
         log_z, entropy = torch.empty_like(logprob), torch.empty_like(logprob)
         correct = torch.empty(len(targets_N), dtype=torch.bool, device=hidden_ND.device)
         for start in range(0, len(targets_N), chunk):
             part = slice(start, start + chunk)
-            hidden, shape = hidden_ND[part].to(full), (len(targets_N[part]), len(weight_VD))
-            logits = mm(hidden, head_DV, out=workspace(0, shape, hidden))
+            shape = (len(targets_N[part]), len(weight_VD))
+            logits = full_mm(inputs_ND[part], head_VD.T, out=workspace(0, shape, logprob))
             best, token = logits.max(-1)
             correct[part] = token == targets_N[part]
             target = logits.gather(1, targets_N[part, None]).squeeze(1)
-            weight = torch.sub(logits, best[:, None], out=workspace(1, shape, hidden)).exp_()
+            weight = torch.sub(logits, best[:, None], out=workspace(1, shape, logprob)).exp_()
             total = weight.sum(-1)
             log_z[part] = best + total.log()
             logprob[part] = target - log_z[part]
@@ -45,18 +45,19 @@ class _LinearLogprob(torch.autograd.Function):
     def backward(ctx, grad_N, _correct, _entropy):
         hidden_ND, weight_VD, targets_N, log_z = ctx.saved_tensors
         full = full_dtype(hidden_ND)
-        head_VD = weight_VD.to(full)
+        inputs_ND, head_VD = operands(hidden_ND, weight_VD)
         d_hidden = torch.empty_like(hidden_ND)
         d_weight = torch.zeros(weight_VD.shape, dtype=full, device=weight_VD.device)
         for start in range(0, len(targets_N), ctx.chunk):
             part = slice(start, start + ctx.chunk)
-            hidden, grad = hidden_ND[part].to(full), grad_N[part, None].to(full)
+            hidden, grad = inputs_ND[part], grad_N[part, None].to(full)
             # d logits = grad · (onehot - softmax)
-            logits = mm(hidden, head_VD.T, out=workspace(0, (len(hidden), len(head_VD)), hidden))
+            logits = full_mm(hidden, head_VD.T, out=workspace(0, (len(hidden), len(head_VD)), grad))
             d_logits = logits.sub_(log_z[part, None]).exp_().mul_(-grad)
             d_logits.scatter_add_(1, targets_N[part, None], grad)
-            d_hidden[part] = mm(d_logits, head_VD)
-            d_weight += mm(d_logits.T, hidden)
+            d_logits = d_logits.to(head_VD.dtype)
+            d_hidden[part] = full_mm(d_logits, head_VD)
+            d_weight += full_mm(d_logits.T, hidden)
         return d_hidden, d_weight.to(weight_VD.dtype), None, None
 
 

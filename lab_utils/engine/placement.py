@@ -17,7 +17,9 @@ from torch import Tensor
 from lab_utils.engine.rows import Rows
 from lab_utils.optim.dealing import assign
 
-MATRICES_A_RANK = 4  # a bucket of whole matrices holds this many for each rank before it is closed
+# A bucket of whole matrices is closed when each rank's share of it is this many of its largest. A buffer is as wide as
+# its fullest row, so with less in it, or with many small matrices and few large ones, most of it would be padding.
+MATRICES_A_RANK = 4
 
 
 @dataclass(frozen=True)
@@ -184,15 +186,16 @@ def _whole_places(items: list[Wanted], sharding: Sharding, bucket_elements: int,
 
     loads = [0] * sharding.shards
     run: list[tuple[str, torch.nn.Parameter, list]] = []
-    elements = count = 0
+    elements = largest = 0
     for name, parameter, _ in items:
         views = matrices(name, tuple(parameter.shape), config)
         assert views is not None, f"{name} is in a Muon group but has no matrices"
         run.append((name, parameter, views))
-        elements, count = elements + parameter.numel(), count + len(views)
-        if elements >= bucket_elements and count >= MATRICES_A_RANK * sharding.shards:
+        elements += parameter.numel()
+        largest = max(largest, *(view.size for view in views))
+        if elements >= max(bucket_elements, MATRICES_A_RANK * sharding.shards * largest):
             yield _deal(run, sharding, loads)
-            run, elements, count = [], 0, 0
+            run, elements, largest = [], 0, 0
     if run:
         yield _deal(run, sharding, loads)
 

@@ -1,4 +1,4 @@
-"""Whole matrices dealt out to ranks, one owner each: the same on every rank. Without torch, so that a planner may ask."""
+"""Whole matrices dealt out to ranks, one owner each, the same on every rank. Without torch: a planner asks, too."""
 
 from __future__ import annotations
 

@@ -81,12 +81,8 @@ def _with(recipe: Recipe, section: str, **changes: Any) -> Recipe:
 
 def software(assumed: Assumptions) -> Iterator[tuple[str, Assumptions]]:
     """One change of the software at a time."""
-    if assumed.fp32_head:
-        yield "The head's products in bf16 with fp32 sums", assumed.but(fp32_head=False)
     if assumed.hidden_exchange < 1:
         yield "The all-to-all wholly behind other work", assumed.but(hidden_exchange=1.0)
-    if not assumed.even_buckets:
-        yield "Gradient buffers as even as Muon's matrices", assumed.but(even_buckets=True)
     if not assumed.freed_outputs:
         yield "Stages that let go of the streams they have handed on", assumed.but(freed_outputs=True)
     if not assumed.swapped:
@@ -170,12 +166,6 @@ def reach(recipe: Recipe, cluster: Cluster, ranks: int, assumed: Assumptions, wa
 def _ladder(recipe: Recipe, assumed: Assumptions) -> list[tuple[str, Any]]:
     """``(words, change)``, a change taking and giving a recipe and assumptions."""
     steps: list[tuple[str, Any]] = []
-    if assumed.fp32_head:
-        text = "the head multiplies in bf16 with fp32 sums (today fp32: kernels/linear_logprob)"
-        steps.append((text, lambda r, a: (r, a.but(fp32_head=False))))
-    if not assumed.even_buckets:
-        text = "gradient buffers hold what Muon's matrices need (today two to three times that: engine/placement.py)"
-        steps.append((text, lambda r, a: (r, a.but(even_buckets=True))))
     if not assumed.small_buffers:
         text = "communicators have half the buffers (HCCL_BUFFSIZE=100 in cluster.options.environment)"
         steps.append((text, lambda r, a: (r, a.but(small_buffers=True))))

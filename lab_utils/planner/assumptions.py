@@ -20,10 +20,6 @@ class Assumptions:
         hidden_messages: streams between stages travel behind other work; the engine leaves ColossalAI's ``overlap_p2p``
             off, which hangs (``engine/colossal.py``).
         imbalance: rows that the fullest rank of an ep group gets over the mean; the others wait for it.
-        fp32_head: the head's products in fp32, as ``kernels/linear_logprob`` makes them.
-        even_buckets: Muon's gradient buffers within a tenth of their matrices' size. The engine closes a buffer when it
-            has four matrices a rank, and its rows are as long as the fullest: where sizes differ (attention's of
-            V4-Pro) it holds two to three times what it needs.
         swapped: masters and moments wait in host memory and come to the device for the update; the engine updates on
             the host instead (``parallel.offload``).
         freed_outputs: a stage lets go of the streams that it has handed on; ColossalAI's schedules hold them until the
@@ -39,8 +35,6 @@ class Assumptions:
     hidden_exchange: float = 0.0
     hidden_messages: bool = False
     imbalance: float = 1.1
-    fp32_head: bool = True
-    even_buckets: bool = False
     swapped: bool = False
     freed_outputs: bool = False
     small_buffers: bool = False

@@ -24,11 +24,9 @@ from lab_utils.recipe import Recipe
 CASES: tuple[Case, ...] = ("low", "expected", "high")
 # Of runs whose kernels and overlap are their own: what the engine doesn't do, but they did or may have done.
 PEER = Assumptions(
-    fp32_head=False,
     hidden_exchange=1.0,
     hidden_messages=True,
     imbalance=1.0,
-    even_buckets=True,
     swapped=True,
     freed_outputs=True,
 )
@@ -100,8 +98,8 @@ def _published_pro() -> list[Row]:
         at = best["expected"].name if best["expected"] else "none"
         text = (
             f"1,024 packages, a batch of {count * 4096 / 1e6:.1f}M tokens in 4K rows, no multi-token prediction; our "
-            "fastest layout that fits with head in bf16, messages hidden, even experts and buffers, optimizer swapped, "
-            f"outputs let go ({at})"
+            "fastest layout that fits with messages hidden, even experts, "
+            f"optimizer swapped, outputs let go ({at})"
         )
         what = f"V4-Pro, all weights, 1,024 × 910C, {count * 4096 / 1e6:.1f}M tokens"
         found.append(Row(what, "s a step", 27.0, *steps, text, source))

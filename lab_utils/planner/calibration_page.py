@@ -78,9 +78,9 @@ How to read it:
 - Of the {ranges} comparisons that have a range, {inside} hold the published number between their ends.{outside}
 - The V4-Pro run published neither batch nor denominator. 34.9 % in 27 s are 22.0M, 23.4M or 24.9M tokens a step by a
   package's 708, 752 or 800 TFLOPS. At 25.2M tokens, which an interleaved schedule divides, both lie within the range.
-- Published runs differ from our engine in kernels, schedule and overlap: their rows take the head's products in bf16,
-  all messages hidden, the experts even and the optimizer swapped, as those systems describe themselves. Predictions
-  for our engine as it is (`lab plan` without options) are lower.
+- Published runs differ from our engine in kernels, schedule and overlap: their rows take all messages hidden,
+  the experts even and the optimizer swapped, as those systems describe themselves. Predictions for our engine as it is
+  (`lab plan` without options) are lower.
 - MFU counts the model proper: no multi-token prediction, the indexer forward only, no recomputation. The denominator is
   a device's dense bf16 peak: 376 TFLOPS for a die of a 910C (752 a package) and for a 910B.
 - Not compared, for want of a figure or of the machine: GB200 (Megatron-Bridge's 7,776 tokens/s a GPU on V4-Flash),

@@ -29,7 +29,6 @@ def plan(
     kernels: str = typer.Option("fused", help="fused operators, or plain ones."),
     loss_share: float = typer.Option(1.0, min=0.01, max=1.0, help="Share of the tokens that bear loss."),
     imbalance: float = typer.Option(1.1, min=1.0, help="Rows of the fullest expert rank over the mean."),
-    bf16_head: bool = typer.Option(False, "--bf16-head", help="Take the head's products to be in bf16."),
     tokens: float = typer.Option(None, min=1, help="Tokens of a data set: time and energy."),
     days: float = typer.Option(
         None, min=0.01, help="With --tokens: the fewest chips that end in so many days."
@@ -80,7 +79,6 @@ def plan(
         kernels=kernels,  # type: ignore[arg-type]
         loss_share=loss_share,
         imbalance=imbalance,
-        fp32_head=not bf16_head,
     )
     resolved = Recipe.load(recipe).with_changes(parse_changes(changes))
     if as_is:

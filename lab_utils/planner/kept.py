@@ -143,7 +143,9 @@ def backward(n: Numbers, kind: str, model: ModelSection, row_tokens: int, tokens
     return tokens * made + max(sets)
 
 
-def head(n: Numbers, tokens: int, on_cpu: bool = False) -> float:
-    """Of ``kernels/linear_logprob`` backward: the head in fp32, its gradient, a product of it, two chunks of logits."""
+def head(n: Numbers, tokens: int, w: int, on_cpu: bool = False) -> float:
+    """Of ``kernels/linear_logprob`` backward: the head's gradient and a product of it in fp32, two chunks of logits; on
+    a CPU a head that isn't fp32 once more in fp32."""
     rows = min(tokens, max(16, (CPU_CHUNK if on_cpu else CHUNK) // n.vocab_size))
-    return 4.0 * n.vocab_size * (3 * n.hidden_size + 2 * rows)
+    heads = 3 if on_cpu and w < 4 else 2
+    return 4.0 * n.vocab_size * (heads * n.hidden_size + 2 * rows)

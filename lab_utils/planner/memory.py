@@ -88,7 +88,7 @@ def stage_memory(
         LayoutError: the engine would refuse the layout.
     """
     assumed = assumed or Assumptions(imbalance=1.0)
-    placed = place(recipe, ranks, even_buckets=assumed.even_buckets)
+    placed = place(recipe, ranks)
     return of_placed(recipe, placed, cluster, assumed)
 
 
@@ -216,7 +216,9 @@ def _temporary(recipe: Recipe, placed: Placed, stage: Stage, rows: float, on_cpu
     kinds = {kind for kind, _ in _kinds(n, stage)}
     found = [kept.backward(n, kind, model, placed.row_tokens, tokens, placed.ep) for kind in kinds]
     if stage.last and recipe.objective.kind != "reward":
-        found.append(kept.head(n, tokens, on_cpu) - rows)  # no rows travel while the head works
+        found.append(
+            kept.head(n, tokens, kept.width(model.dtype), on_cpu) - rows
+        )  # no rows travel while the head works
     return max(found)
 
 

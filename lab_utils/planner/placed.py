@@ -37,7 +37,6 @@ class Placed:
     Attributes:
         passes: micro-batches of a rank in a step; ``micro_tokens``: tokens of each.
         mtp: whether multi-token prediction is trained; its block stands on the last stage.
-        even_buckets: as ``Assumptions.even_buckets``.
     """
 
     numbers: Numbers
@@ -51,7 +50,6 @@ class Placed:
     row_tokens: int
     mtp: bool
     stages: tuple[Stage, ...]
-    even_buckets: bool = False
 
     @property
     def moe_dp(self) -> int:
@@ -93,11 +91,8 @@ class Placed:
         return chunks / v
 
 
-def place(recipe: Recipe, ranks: int | None = None, *, even_buckets: bool = False) -> Placed:
+def place(recipe: Recipe, ranks: int | None = None) -> Placed:
     """The layout that the engine would make of ``recipe`` on so many ranks.
-
-    Args:
-        even_buckets: see ``Assumptions``.
 
     Raises:
         LayoutError: it would refuse; the message names the knob.
@@ -126,7 +121,6 @@ def place(recipe: Recipe, ranks: int | None = None, *, even_buckets: bool = Fals
         row_tokens=recipe.data.row_tokens,
         mtp=mtp,
         stages=stages,
-        even_buckets=even_buckets,
     )
 
 

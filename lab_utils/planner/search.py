@@ -101,7 +101,7 @@ def evaluate(recipe: Recipe, cluster: Cluster, ranks: int, assumed: Assumptions)
     Raises:
         LayoutError: the engine would refuse it. One that doesn't fit is returned: ``fits`` says so.
     """
-    placed, rates = place(recipe, ranks, even_buckets=assumed.even_buckets), Rates(cluster, assumed)
+    placed, rates = place(recipe, ranks), Rates(cluster, assumed)
     stages = memory.of_placed(recipe, placed, cluster, assumed)
     time = timing.of_placed(recipe, placed, rates)
     return Candidate(recipe, placed, tuple(stages), time, cluster.device.memory_gib.value)
@@ -174,7 +174,7 @@ def search(
             laid = base.model_copy(update={"schedule": schedule})
             tried += 1
             try:
-                placed = place(laid, ranks, even_buckets=rates.assumed.even_buckets)
+                placed = place(laid, ranks)
             except LayoutError as error:
                 invalid, why = invalid + 1, why or str(error)
                 continue

@@ -66,7 +66,7 @@ def state_of(placed: Placed, stage: int, *, muon: bool, zero: int, scored: bool 
     shards = _shards_of_matrices(placed, scored) if muon and zero else (1, 1)
     both_ends = placed.mtp and placed.pp > 1 and (where.first or where.last)
     held = _Held(placed.numbers, kinds, placed.ep, where.first, where.last, placed.mtp, scored)
-    return _state(held, placed.dp, placed.moe_dp, muon, bool(zero), shards, both_ends, placed.even_buckets)
+    return _state(held, placed.dp, placed.moe_dp, muon, bool(zero), shards, both_ends)
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,6 @@ def _state(
     zero: bool,
     shards: tuple[int, int],
     both_ends: bool,
-    even: bool,
 ) -> State:
     shapes, n = held.shapes(), held.numbers
     flat: dict[tuple[int, bool, bool], list[int]] = {}
@@ -171,7 +170,7 @@ def _state(
     own_muon, flops, stack, gram = 0, 0.0, 0, 0
     for expert, parameters in whole.items():
         S, ranks = (shards[expert] if zero else 1), moe_dp if expert else dp
-        dealt = _deal(tuple(parameters), S, even)
+        dealt = _deal(tuple(parameters), S)
         gradients, own_muon = gradients + dealt.elements, own_muon + dealt.own
         flops += dealt.flops
         bucket = max(bucket, dealt.bucket)
@@ -207,19 +206,18 @@ class _Dealt:
 
 
 @cache
-def _deal(parameters: tuple[tuple[tuple[int, int], ...], ...], shards: int, even: bool) -> _Dealt:
+def _deal(parameters: tuple[tuple[tuple[int, int], ...], ...], shards: int) -> _Dealt:
     """As ``engine.placement._whole_places``: buckets of whole matrices, dealt out by size.
 
-    A buffer is as wide as its fullest row. ``even``: closed only when a rank's share is several of its largest matrix,
-    which the engine doesn't look at.
+    A buffer is as wide as its fullest row, and closed when a rank's share is several of its largest matrix.
     """
     loads, work = [0] * shards, [0.0] * shards
     elements = bucket = stack = gram = 0
     run: list[tuple[int, int]] = []
-    inside = 0
+    inside = largest = 0
 
     def close() -> None:
-        nonlocal elements, bucket, run, inside
+        nonlocal elements, bucket, run, inside, largest
         if not run:
             return
         sizes = [rows * cols for rows, cols in run]
@@ -231,14 +229,13 @@ def _deal(parameters: tuple[tuple[tuple[int, int], ...], ...], shards: int, even
             loads[rank] += added
         elements += shards * max(filled)
         bucket = max(bucket, shards * max(filled))
-        run, inside = [], 0
+        run, inside, largest = [], 0, 0
 
     for views in parameters:
         run += views
         inside += sum(rows * cols for rows, cols in views)
-        enough = MATRICES_A_RANK * shards
-        full = inside >= enough * max(rows * cols for rows, cols in run) if even else len(run) >= enough
-        if inside >= BUCKET_ELEMENTS and full:
+        largest = max(largest, *(rows * cols for rows, cols in views))
+        if inside >= max(BUCKET_ELEMENTS, MATRICES_A_RANK * shards * largest):
             close()
     close()
     alike: dict[tuple[int, int], int] = {}

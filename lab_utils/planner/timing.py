@@ -121,7 +121,7 @@ class Rates:
             edge = (one.rows * one.inner * one.outer) ** (1 / 3)
             narrow = min(1.0, one.rows / 128, one.inner / 128, one.outer / 128)  # a tile of the matrix unit
             share = self._curve.at(edge * one.groups ** (1 / 3)) * narrow * self._sustained
-            working = one.precision == "working" or (one.part == "head" and not self.assumed.fp32_head)
+            working = one.precision == "working"
             rate = self._working * share if working else self._fp32 * narrow * self._sustained
             size = 2 if working else 4
             operands = one.rows * one.inner + one.inner * one.outer + one.rows * one.outer
@@ -142,7 +142,7 @@ def step_time(
         LayoutError: the engine would refuse the layout.
     """
     assumed = assumed or Assumptions()
-    placed = place(recipe, ranks, even_buckets=assumed.even_buckets)
+    placed = place(recipe, ranks)
     return of_placed(recipe, placed, Rates(cluster, assumed))
 
 
@@ -226,7 +226,6 @@ def _micro_batch(
             N,
             w,
             loss_share=assumed.loss_share,
-            fp32_head=assumed.fp32_head,
             times=1 + mtp,
             warmup=options["warmup"],
         )

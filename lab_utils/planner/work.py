@@ -156,17 +156,14 @@ def _moved(
 
 
 @cache
-def ends(
-    n: Numbers, N: int, w: int, *, loss_share: float, fp32_head: bool, times: int = 1, warmup: bool = False
-) -> Work:
+def ends(n: Numbers, N: int, w: int, *, loss_share: float, times: int = 1, warmup: bool = False) -> Work:
     """Behind the last layer: collapse, norm, head and loss; ``times``: with multi-token prediction once more a depth.
 
-    ``kernels/linear_logprob`` multiplies in fp32, and makes the logits again in the backward pass.
+    ``kernels/linear_logprob`` makes the logits again in the backward pass.
     """
     D, S, V = n.hidden_size, n.hc_mult, n.vocab_size
     rows = N * loss_share
-    precision = "fp32" if fp32_head else "working"
-    head = Product("head", rows, D, V, groups=times, precision=precision, backward=0.0 if warmup else 3.0)
+    head = Product("head", rows, D, V, groups=times, backward=0.0 if warmup else 3.0)
     logits = times * rows * V * 4.0
     moved = {"other": 4 * logits + times * N * 2 * D * w, HYPER: times * N * S * D * (w + 8.0)}
     return Work(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,3 +74,40 @@ def test_the_library_can_be_named(monkeypatch):
         assert _products.onednn_first() == (name == "onednn")
     monkeypatch.undo()
     _products.onednn_first.cache_clear()
+
+
+@pytest.mark.parametrize("operator", ["linear_logprob", "linear_kl"])
+def test_a_bf16_head_as_devices_multiply_it_gives_logits_of_fp32_and_gradients_of_bf16(operator, monkeypatch):
+    """Devices take bf16 operands as they are; a CPU makes the same numbers of them when it is told to."""
+    module = importlib.import_module(f"kernels.{operator}.torch")
+    g = torch.Generator().manual_seed(4)
+    hidden = torch.randn(23, 16, generator=g).bfloat16()
+    head = torch.randn(61, 16, generator=g).bfloat16()
+    given = {
+        "linear_logprob": (torch.randint(0, 61, (23,), generator=g),),
+        "linear_kl": (
+            torch.randn(23, 16, generator=g).bfloat16(),
+            torch.randn(61, 16, generator=g).bfloat16(),
+        ),
+    }[operator]
+
+    def run(dtype):
+        inputs = [each.to(dtype).requires_grad_() for each in (hidden, head)]
+        rest = [each.to(dtype) if each.is_floating_point() else each for each in given]
+        out = getattr(module, operator)(*inputs, *rest, chunk=7)
+        out = out[0] if isinstance(out, tuple) else out
+        out.square().sum().backward()
+        return out.detach(), [each.grad for each in inputs]
+
+    exact, exact_grads = run(torch.float64)
+    monkeypatch.setattr(module, "operands", lambda x, y: (x, y))
+    multiplied = []
+    full_mm = module.full_mm
+    monkeypatch.setattr(
+        module, "full_mm", lambda a, b, out=None: multiplied.append((a.dtype, b.dtype)) or full_mm(a, b, out)
+    )
+    found, grads = run(torch.bfloat16)
+    assert set(multiplied) == {(torch.bfloat16, torch.bfloat16)}
+    assert found.dtype == torch.float32 and (found - exact).abs().max() < 1e-5
+    for ours, right in zip(grads, exact_grads, strict=True):  # rounded twice to the weights' own precision
+        assert ((ours - right).norm() / right.norm()).item() < 2**-8

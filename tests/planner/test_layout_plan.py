@@ -9,7 +9,6 @@ from typer.testing import CliRunner
 from lab_utils.errors import LayoutError
 from lab_utils.planner import questions
 from lab_utils.planner.advice import reach
-from lab_utils.planner.assumptions import Assumptions
 from lab_utils.planner.cluster import find
 from lab_utils.planner.plan import check, plan
 from lab_utils.recipe import Recipe
@@ -40,7 +39,7 @@ def test_pro_on_1024_packages_has_the_parameters_and_flops_of_the_report_and_fit
 
 def test_the_search_is_quick():
     start = time.process_time()
-    plan("v4_pro_sft", "ascend-910c", 1024, assumed=Assumptions(even_buckets=True))
+    plan("v4_pro_sft", "ascend-910c", 1024)
     assert time.process_time() - start < 10
 
 

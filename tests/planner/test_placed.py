@@ -84,7 +84,7 @@ def test_buckets_of_whole_matrices_are_those_of_the_engine(experts, shards):
     sharding = SimpleNamespace(shards=shards, shard=0)
     items = [(name, torch.nn.Parameter(torch.empty(s, device="meta")), sharding) for name, s, _ in muon]
     buckets = list(placement._whole_places(items, sharding, state.BUCKET_ELEMENTS, n))
-    own = state._deal(tuple(v for _, _, v in muon), shards, False)
+    own = state._deal(tuple(v for _, _, v in muon), shards)
     assert own.elements == sum(shards * width for _, width in buckets)
     assert own.bucket == max(shards * width for _, width in buckets)
 
