@@ -14,7 +14,8 @@ from lab_utils.recipe import Recipe
 
 
 def advice(now: Candidate, cluster: Cluster, assumed: Assumptions) -> list[str]:
-    """Sentences, the largest gain in MFU first; then what costs, and what doesn't fit."""
+    """Sentences, the largest gain in MFU first; then what costs, and what doesn't fit. For a layout that doesn't fit,
+    what makes it fit comes first."""
     found: list[tuple[float, str]] = []
     for label, recipe in changed(now):
         try:
@@ -22,19 +23,22 @@ def advice(now: Candidate, cluster: Cluster, assumed: Assumptions) -> list[str]:
         except LabError as error:
             found.append((-2.0, f"{label} is refused: {error}"))
             continue
-        if other.fits:
-            found.append((other.time.mfu - now.time.mfu, _sentence(label, now, other)))
-        else:
-            over = other.peak_gib - other.room_gib
-            text = (
-                f"{label}: {other.time.seconds:.1f} s a step, but {other.peak_gib:.1f} GiB a device, {over:.1f} more "
-                "than it has."
-            )
-            found.append((-1.0, text))
+        found.append(_ranked(label, now, other))
     for label, other_assumed in software(assumed):
-        other = evaluate(now.recipe, cluster, now.placed.ranks, other_assumed)
-        found.append((other.time.mfu - now.time.mfu, _sentence(label, now, other)))
+        found.append(_ranked(label, now, evaluate(now.recipe, cluster, now.placed.ranks, other_assumed)))
     return [text for _, text in sorted(found, key=lambda pair: -pair[0])]
+
+
+def _ranked(label: str, now: Candidate, other: Candidate) -> tuple[float, str]:
+    """The sentence, and where it stands among others: above 0 what is faster, below -1 what doesn't fit."""
+    if other.fits:
+        return other.time.mfu - now.time.mfu + (not now.fits), _sentence(label, now, other)
+    over = other.peak_gib - other.room_gib
+    text = (
+        f"{label}: {other.time.seconds:.1f} s a step, but {other.peak_gib:.1f} GiB a device, {over:.1f} more than it "
+        "has."
+    )
+    return -1.0 - over / (over + 1e3), text
 
 
 def _sentence(label: str, now: Candidate, other: Candidate) -> str:
@@ -53,7 +57,8 @@ def changed(now: Candidate) -> Iterator[tuple[str, Recipe]]:
     """One change of the recipe at a time, with the words for it."""
     recipe, placed = now.recipe, now.placed
     at = KINDS.index(recipe.model.checkpointing)
-    for kind in (*KINDS[max(0, at - 1) : at], *KINDS[at + 1 : at + 2]):
+    near = {at - 1, at + 1} if now.fits else set(range(len(KINDS))) - {at}
+    for kind in (kind for i, kind in enumerate(KINDS) if i in near):
         yield f"model.checkpointing={kind}", _with(recipe, "model", checkpointing=kind)
     rows = placed.micro_rows
     yield f"schedule.micro_rows={2 * rows}", _with(recipe, "schedule", micro_rows=2 * rows)

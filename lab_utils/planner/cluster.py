@@ -25,6 +25,7 @@ from lab_utils.recipe.base import Section
 from lab_utils.registry import nearest
 
 SHIPPED = Path(__file__).parent / "clusters"
+USUAL = {"npu": "ascend-910c", "cuda": "h200"}  # of the clusters here, the one to begin with
 Case = Literal["low", "expected", "high"]
 
 
@@ -190,6 +191,19 @@ def folders() -> list[Path]:
 def known() -> list[str]:
     """Names of all clusters."""
     return sorted({path.stem for folder in folders() for path in folder.glob("*.yaml")})
+
+
+def usual(kind: str) -> str | None:
+    """The cluster that chips of this kind most likely stand in: the first of the user's or the site's own, else one of
+    those here. None for a CPU."""
+    for folder in folders()[:-1]:
+        for path in sorted(folder.glob("*.yaml")):
+            try:
+                if path.stem != "local" and read(path).kind == kind:
+                    return path.stem
+            except RecipeError:  # said where that cluster is asked for
+                continue
+    return USUAL.get(kind)
 
 
 def find(name: str | Path | Cluster) -> Cluster:

@@ -265,8 +265,8 @@ def check(
     return found
 
 
-def out_of_memory(found: Candidate, cluster: Cluster) -> str:
-    """Why a layout doesn't fit, as a sentence."""
+def out_of_memory(found: Candidate, cluster: Cluster, then: str = "lab plan without --as-is") -> str:
+    """Why a layout doesn't fit, as a sentence; ``then``: what searches for one that does."""
     full = found.fullest
     largest = sorted(full.terms, key=lambda name: -full.terms[name])[:3]
     terms = ", ".join(f"{name} {full.terms[name]:.1f}" for name in largest)
@@ -278,5 +278,5 @@ def out_of_memory(found: Candidate, cluster: Cluster) -> str:
     }.get(largest[0], "a larger parallel.pp or parallel.ep")
     return (
         f"{found.name} needs {full.peak:.1f} GiB on the devices of stage {full.index}, and one of {cluster.name} has "
-        f"{found.room_gib:.0f} ({terms}): try {knob}; lab plan without --as-is searches for a layout that fits."
+        f"{found.room_gib:.0f} ({terms}): try {knob}; {then} searches for a layout that fits."
     )

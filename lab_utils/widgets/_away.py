@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lab_utils import errors
@@ -27,7 +26,6 @@ from lab_utils.errors import LabError, RunError
 from lab_utils.recipe import Recipe
 
 IDLE_SECONDS = 120.0
-CUT = 6000  # characters of a row that are shown
 
 
 class Away:
@@ -39,7 +37,7 @@ class Away:
         self._errors: Any = None
 
     def ask(self, question: str, recipe: Recipe, **arguments: Any) -> Any:
-        """The answer of one of ``QUESTIONS``. Blocks: call it from a thread.
+        """The answer of one of ``_questions.QUESTIONS``. Blocks: call it from a thread.
 
         Raises:
             LabError: as the question's function does; a process that ended without an answer is a ``RunError``.
@@ -141,101 +139,10 @@ class Latest:
 # -- in the other process ------------------------------------------------------------------------------------
 
 
-def plan(recipe: Recipe) -> dict[str, Any]:
-    """The estimate, whether it fits, and what to turn."""
-    from dataclasses import asdict
-
-    from lab_utils.planner.estimate import estimate, knobs
-
-    found = estimate(recipe)
-    derived = {name: getattr(found, name) for name in ("total_seconds", "device_hours", "state_gib", "fits")}
-    return {"estimate": asdict(found) | derived, "knobs": knobs(recipe, found)}
-
-
-def looks(recipe: Recipe) -> list[list[str]]:
-    """What a launch would refuse, as far as milliseconds show it: ``[[key that it is about, sentence]]``."""
-    from lab_utils.data.manifest import of_source
-    from lab_utils.launchers._base import get_launcher
-    from lab_utils.runs import checks
-    from lab_utils.runs.directory import default_root
-
-    each_at = {
-        "data.train": lambda: checks.check_formats(recipe),
-        "data.validation": lambda: [of_source(each).source(each.split) for each in recipe.data.validation],
-        "model.source": lambda: checks.check_sources(recipe),
-        "rollout": lambda: checks.check_rollouts(recipe),
-        "cluster.launcher": lambda: get_launcher(recipe.cluster.launcher).check(recipe, default_root()),
-        "cluster.nproc": lambda: recipe.cluster.launcher == "local" and checks.check_accelerator(recipe),
-    }
-    refused = []
-    for key, look in each_at.items():
-        try:
-            look()
-        except LabError as error:
-            refused.append([key, str(error)])
-    return refused
-
-
-def rows(recipe: Recipe, part: str, index: int, start: int, count: int) -> dict[str, Any]:
-    """Rows of a source as the model sees them; ``part``: "train" or "validation", ``index``: of the source in it."""
-    from lab_utils.data.documents import encoding_of
-    from lab_utils.data.manifest import of_source
-    from lab_utils.data.preview import rows_as_seen
-
-    source = getattr(recipe.data, part)[index]
-    manifest = of_source(source)
-    seen = rows_as_seen(manifest, source.split, encoding_of(recipe), start=start, rows=count)
-    found = [
-        {
-            "place": row.place,
-            "tokens": row.tokens,
-            "with_loss": row.with_loss,
-            "parts": {side: _cut(segments) for side, segments in row.parts.items()},
-        }
-        for row in seen
-    ]
-    total = None if source.families else manifest.row_count(source.split)
-    return {
-        "name": f"{manifest.name}:{source.split}",
-        "format": manifest.format,
-        "total": total,
-        "rows": found,
-    }
-
-
-def _cut(segments: Any) -> list[tuple[str, bool, bool]]:
-    """Segments up to ``CUT`` characters, and how many more there are."""
-    kept, left = [], CUT
-    for segment in segments:
-        if left > 0:
-            kept.append((segment.text[:left], segment.supervised, segment.markup))
-        left -= len(segment.text)
-    return kept if left >= 0 else [*kept, (f" … {-left:,} more characters", False, False)]
-
-
-def checks(recipe: Recipe, root: str) -> list[dict[str, Any]]:
-    """Every check before a start."""
-    from dataclasses import asdict
-
-    from lab_utils.runs.checklist import checklist
-
-    return [asdict(check) for check in checklist(recipe, Path(root))]
-
-
-def start(recipe: Recipe, root: str) -> str:
-    """Launch; the path of the run."""
-    from lab_utils.runs.api import launch
-
-    if notebook := os.environ.get("JPY_SESSION_NAME"):
-        os.environ.setdefault("ASCENT_NOTEBOOK", notebook)
-    return str(launch(recipe, root=root).path)
-
-
-QUESTIONS = {"plan": plan, "looks": looks, "rows": rows, "checks": checks, "start": start}
-
-
 def answer(line: bytes) -> dict[str, Any]:
     """The answer to one line, or the error as a sentence."""
+    from lab_utils.widgets._questions import QUESTIONS
+
     asked = json.loads(line)
     os.chdir(asked["folder"])
     os.environ.clear()

@@ -17,6 +17,7 @@ from lab_utils.errors import LabError
 from lab_utils.recipe import Recipe
 from lab_utils.widgets import _pictures as pictures
 from lab_utils.widgets._away import Away, Latest
+from lab_utils.widgets._chosen_cluster import ChosenCluster
 from lab_utils.widgets._sheet import difference
 
 ROWS = 3  # of data on a page
@@ -120,6 +121,7 @@ class Pages:
     Args:
         base: the recipe that changes are counted from, and its name.
         refused: called with a key and a sentence where a launch would be refused; maybe in a thread.
+        take: called with changes of the recipe that a search found; in a thread.
         root: the folder of runs.
         lock: of the form, re-entrant.
     """
@@ -128,10 +130,11 @@ class Pages:
         self,
         base: Callable[[], tuple[str, Recipe]],
         refused: Callable[[str, str], None],
+        take: Callable[[dict[str, Any]], None],
         root: Callable[[], Path],
         lock: Any,
     ):
-        self._base, self._root, self._lock = base, root, lock
+        self._base, self._take, self._root, self._lock = base, take, root, lock
         # Each has a process of its own: a long check of data must not keep the plan waiting.
         self._plans, self._looks, self._rows, self._checks = Away(), Away(), Away(), Away()
         self._recipe: Recipe | None = None
@@ -143,8 +146,9 @@ class Pages:
         self.back.on_click(lambda _: self._turn(-ROWS))
         self.on.on_click(lambda _: self._turn(ROWS))
         self.again.on_click(lambda _: self._check_again())
+        self.chosen = ChosenCluster(self._follow, self._search, lock)
         made = (
-            Page("Plan", "counting…", self._plan, self._plan_key, lock),
+            Page("Plan", "counting…", self._plan, self._plan_key, lock, controls=self.chosen.controls),
             Page(
                 "Data",
                 "reading…",
@@ -167,6 +171,7 @@ class Pages:
         self._recipe = recipe
         if recipe is not None:
             self._offer(recipe)
+            self.chosen.suggest(recipe)
         self._follow()
 
     def open(self, title: str) -> None:
@@ -204,10 +209,27 @@ class Pages:
             with self._lock:
                 self.pages["Preflight"].again(self._recipe)
 
+    def _search(self) -> None:
+        """The fastest layout on the chosen cluster, into the form."""
+        recipe, cluster, note = self._recipe, self.chosen.name, self.pages["Plan"].note
+        if recipe is None:
+            return
+
+        def found(answer: Any) -> None:
+            if isinstance(answer, Exception):
+                note.value = f'<span class="lab-bad">{pictures.text(answer)}</span>'
+            else:
+                note.value = ""
+                self._take(answer)
+
+        with self._lock:
+            note.value = '<span class="lab-soft">looking at every layout…</span>'
+        self.chosen.wait_for(lambda: self._plans.ask("layout", recipe, cluster=cluster), found)
+
     # -- what the pages depend on, and what they show; the latter in threads ---------------------------------
 
     def _plan_key(self, recipe: Recipe) -> Hashable:
-        return recipe.hash, recipe.cluster.launcher, str(recipe.cluster.options)
+        return recipe.hash, recipe.cluster.launcher, str(recipe.cluster.options), self.chosen.name
 
     def _look_key(self, recipe: Recipe) -> Hashable:
         """All that ``looks`` reads: what is typed elsewhere leaves its answer standing."""
@@ -221,6 +243,8 @@ class Pages:
         return recipe.to_yaml(), self._base()[0]
 
     def _plan(self, recipe: Recipe) -> Shown:
+        if self.chosen.name:
+            return Shown(pictures.planned(self._plans.ask("planned", recipe, cluster=self.chosen.name)))
         return Shown(pictures.plan(self._plans.ask("plan", recipe)))
 
     def _looked(self, recipe: Recipe) -> Shown:

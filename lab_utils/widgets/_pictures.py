@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import html
+from collections.abc import Callable
 from typing import Any
 
 from lab_utils.panels.chat import chat_box, chat_key
 from lab_utils.widgets._field import MISSING
+
+TERMS, ADVICE = 5, 6  # of a plan that are shown
+PREDICTED = (
+    "Predicted from counts and the cluster's figures; docs/planner.md says how, docs/calibration.md how well."
+)
 
 
 def text(value: Any) -> str:
@@ -50,6 +56,43 @@ def plan(found: dict[str, Any]) -> str:
         ("parameters", f"{e['parameters']:,}, every one trained"),
     ]
     return _verdict(e, found["knobs"]) + table(rows) + note("Counted from shapes; times are predicted.")
+
+
+def planned(found: dict[str, Any]) -> str:
+    """The same by the planner, on a cluster: memory and step by term, and what one change would give."""
+    peak, room, step = found["memory_peak_gib"], found["room_gib"], found["step_s"]
+    total, chips = step * found["steps"], found["chips"]
+    if found["fits"]:
+        verdict = f'<div class="lab-good">✓ It fits: {text(found["name"])} on {text(found["cluster"])}</div>'
+    else:
+        verdict = f'<div class="lab-bad">✗ {text(found["why"])}</div>'
+    memory = _largest(found["memory_gib"], gib)
+    terms = _largest(found["step_terms_s"], lambda seconds: f"{100 * seconds / step:.0f} %")
+    shown = [
+        (
+            "memory a device",
+            f'{gib(peak)} of {gib(room)}{_meter(peak / room)}<div class="lab-soft">stage {found["memory_stage"]}: '
+            f"{memory}</div>",
+        ),
+        (
+            "step",
+            f'{duration(step)}, {found["tokens_per_s"]:,.0f} tokens/s<div class="lab-soft">{terms}</div>',
+        ),
+        ("MFU", f"{100 * found['mfu']:.1f} % of {found['mfu_denominator_tflops']:.0f} TFLOPS a device"),
+        ("run", f"{duration(total)}, {found['steps']:,} steps"),
+        ("cost", f"{number(total * chips / 3600)} chip-hours on {chips:,.0f} chips"),
+        ("binding", text(found["binding"])),
+    ]
+    turn = "".join(f"<li>{text(sentence)}</li>" for sentence in found["advice"][:ADVICE])
+    return verdict + table(shown) + f"<div>One change would give:</div><ul>{turn}</ul>" + note(PREDICTED)
+
+
+def _largest(values: dict[str, float], say: Callable[[float], str]) -> str:
+    """The largest terms, and how many others there are."""
+    names = sorted((name for name in values if values[name] > 0), key=lambda name: -values[name])
+    rest = len(names) - TERMS
+    parts = [f"{text(name.replace('_', ' '))} {say(values[name])}" for name in names[:TERMS]]
+    return ", ".join([*parts, f"and {rest} more"] if rest > 0 else parts)
 
 
 def _verdict(e: dict[str, Any], knobs: list[str]) -> str:

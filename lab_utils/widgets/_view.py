@@ -54,7 +54,8 @@ class FormView:
         self._led_to: str | None = None  # the mistake whose section was opened last
         self._changed: set[str] = set()  # keys that differ, as of the last valid recipe
         self._lock = threading.RLock()
-        self.pages = Pages(lambda: (sheet.name, sheet.base), self._refused, lambda: form.root, self._lock)
+        base = lambda: (sheet.name, sheet.base)  # noqa: E731
+        self.pages = Pages(base, self._refused, self._take, lambda: form.root, self._lock)
         self._build()
         self.refresh()
 
@@ -214,10 +215,15 @@ class FormView:
             raise RecipeError("Give the path of a YAML file to load.")
         self._replace(Recipe.load(Path(self.path.value.strip()).expanduser()), self.path.value.strip())
 
-    def _replace(self, recipe: Recipe, name: str) -> None:
+    @guarded
+    def _take(self, changes: dict[str, Any]) -> None:
+        """What a search found, into the fields."""
+        self._replace(self._sheet.recipe.with_changes(changes), self._sheet.name, self._sheet.base)
+
+    def _replace(self, recipe: Recipe, name: str, base: Recipe | None = None) -> None:
         with self._lock:
             self._before = (dict(self._sheet.shown), self._sheet.base, self._sheet.name)
-            self._sheet.load(recipe, name)
+            self._sheet.load(recipe, name, base)
             self.undo.disabled = False
             self._sheet_to_widgets()
             self.picker.show(name)

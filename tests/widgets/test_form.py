@@ -18,7 +18,7 @@ from lab_utils.panels.notebooks import NOTEBOOKS
 from lab_utils.recipe import parse_changes
 from lab_utils.runs.api import attach
 from lab_utils.runs.directory import create
-from lab_utils.widgets import _away, _job, _pages
+from lab_utils.widgets import _away, _job, _pages, _questions
 from lab_utils.widgets._place import headless
 from lab_utils.widgets.form import NotLaunched
 
@@ -266,6 +266,86 @@ def test_the_plan_says_what_it_costs_and_whether_it_fits(form, away):
     until(
         lambda: "does not fit" in shown(form, "Plan") and "parallel.zero=1 would do." in shown(form, "Plan")
     )
+
+
+PLANNED = {
+    "name": "dp4 ep2 pp2 <full>",
+    "cluster": "ascend-910c",
+    "fits": True,
+    "why": "",
+    "memory_gib": {"weights": 20.0, "gradients": 22.5, "slack": 1.5, "masters": 0.0},
+    "memory_peak_gib": 44.0,
+    "memory_stage": 1,
+    "room_gib": 64.0,
+    "step_s": 20.0,
+    "step_terms_s": {"matrix products": 15.0, "pipeline bubble": 5.0},
+    "tokens_per_s": 1234.0,
+    "mfu": 0.311,
+    "mfu_denominator_tflops": 376.0,
+    "binding": "pipeline bubble, 25 % of the step",
+    "chips": 4.0,
+    "steps": 500,
+    "tokens_per_step": 4096,
+    "advice": ["parallel.pp=1: faster.", "parallel.ep=4: slower."],
+}
+
+
+def test_for_other_chips_the_planner_counts_and_its_layout_goes_into_the_form(form, away):
+    away.answers["planned"] = PLANNED
+    away.answers["layout"] = {
+        "parallel": {"ep": 2, "pp": 2},
+        "schedule.micro_rows": 1,
+        "model.checkpointing": "full",
+    }
+    view = form.view
+    assert view.pages.chosen.name == "" and view.pages.chosen.search.disabled
+    form.field("cluster.accelerator").value = "npu"
+    assert view.pages.chosen.name == "ascend-910c", "of npu the usual one"
+    until(lambda: "44 GiB of 64 GiB" in shown(form, "Plan"))
+    text = shown(form, "Plan")
+    assert "gradients 22.5 GiB, weights 20 GiB" in text and "masters" not in text
+    assert (
+        "matrix products 75 %" in text and "31.1 % of 376 TFLOPS" in text and "parallel.pp=1: faster." in text
+    )
+    assert "11.1 chip-hours on 4 chips" in text and "pp2 <full> on" in text
+    batch = form.field("schedule.batch_tokens").value
+    view.pages.chosen.search.click()
+    until(lambda: form.recipe.parallel.pp == 2)
+    assert form.recipe.parallel.ep == 2 and form.recipe.model.checkpointing == "full"
+    assert form.field("schedule.batch_tokens").value == batch and not view.pages.chosen.search.disabled
+    assert "parallel.ep" in [key for key, _, _ in view._sheet.changes()], "counted from the same recipe"
+    view.undo.click()
+    assert form.recipe.parallel.pp == 1
+
+
+def test_a_search_that_finds_nothing_says_so_and_changes_nothing(form, away):
+    away.answers["planned"] = PLANNED | {"fits": False, "why": "It needs 99 GiB."}
+    away.answers["layout"] = LabError("Nothing fits 64 GiB.")
+    form.view.pages.chosen.choice.value = "ascend-910b"
+    until(lambda: "It needs 99 GiB." in shown(form, "Plan"))
+    before = form.recipe
+    form.view.pages.chosen.search.click()
+    until(lambda: "Nothing fits 64 GiB." in form.view.pages.pages["Plan"].note.value)
+    assert form.recipe == before
+    form.field("cluster.accelerator").value = "cuda"
+    assert form.view.pages.chosen.name == "ascend-910b", "a person's choice stays"
+
+
+def test_the_planner_answers_a_form_in_the_process_beside_the_kernel():
+    recipe = Recipe.load("v4_pro_sft")
+    found = _questions.planned(recipe, "ascend-910c")
+    assert found["fits"] and found["chips"] == 1024 and found["advice"]
+    assert sum(found["step_terms_s"].values()) == pytest.approx(found["step_s"], abs=0.02)
+    none = _questions.planned(recipe.with_changes({"model.checkpointing": "none"}), "ascend-910c")
+    assert not none["fits"] and "GiB" in none["why"]
+    assert none["advice"][0].startswith("model.checkpointing=full"), "what makes it fit comes first"
+    changes = _questions.layout(recipe, "ascend-910c")
+    best = _questions.planned(recipe.with_changes(changes), "ascend-910c")
+    assert best["fits"] and best["step_s"] <= found["step_s"]
+    with pytest.raises(LabError, match="Nothing fits"):
+        _questions.layout(
+            recipe.with_changes({"cluster.nodes": 8, "schedule.batch_tokens": 1024 * 4096}), "ascend-910c"
+        )
 
 
 def test_a_plan_is_asked_for_once_a_recipe_and_not_for_what_is_no_recipe(form, away):
