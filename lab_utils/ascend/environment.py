@@ -6,7 +6,6 @@ of every node of a job). Nothing here imports torch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -20,7 +19,6 @@ MINDSPEED = "as MindSpeed-LLM's pre-training scripts"
 FEW, MANY = 1800, 3600  # seconds until every rank must have arrived
 THOUSAND = 1024  # ranks from which on it takes the longer of the two
 SMOKE_STEPS = 20  # a run of so few steps is there to find out whether things work
-LEAST_BUFFER = 64  # MB
 # What a cluster's name, or a node's label on Kubernetes, says of the product.
 PRODUCTS = {"ascend-910c": "A3", "ascend-910b": "A2", "module-a3": "A3", "module-910b": "A2"}
 
@@ -58,6 +56,7 @@ def buffer_mb(recipe: Recipe) -> int | None:
 
     Each communicator has it twice, in the device's memory.
     """
+    from lab_utils.planner.memory import hccl_buffer
     from lab_utils.planner.numbers import numbers
 
     try:
@@ -65,8 +64,7 @@ def buffer_mb(recipe: Recipe) -> int | None:
         rows = recipe.layout(recipe.cluster.world_size)[1]
     except LabError:
         return None
-    item = 2 if recipe.model.dtype == "bfloat16" else 4
-    return max(LEAST_BUFFER, math.ceil(rows * recipe.data.row_tokens * width * item / 2**20))
+    return hccl_buffer(width, rows * recipe.data.row_tokens, recipe.model.dtype)
 
 
 def variables(recipe: Recipe, log_folder: str) -> list[Variable]:
@@ -118,7 +116,7 @@ def variables(recipe: Recipe, log_folder: str) -> list[Variable]:
         why = "A3: collectives unfold on the chip, always in the same order; AIV is not for training"
         found.append(Variable("HCCL_OP_EXPANSION_MODE", "AI_CPU", why, CANN, "hccl"))
     if buffer is not None:
-        why = f"One micro-batch's hidden states, {LEAST_BUFFER} MB at least; each communicator takes it twice from HBM"
+        why = "One micro-batch's hidden states, 64 MB at least; each communicator takes it twice from HBM"
         found.append(Variable("HCCL_BUFFSIZE", str(buffer), why, CANN, "hccl"))
     found += [
         Variable(

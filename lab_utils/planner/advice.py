@@ -92,8 +92,6 @@ def software(assumed: Assumptions) -> Iterator[tuple[str, Assumptions]]:
         yield "Stages that let go of the streams they have handed on", assumed.but(freed_outputs=True)
     if not assumed.swapped:
         yield "Masters and moments swapped to the host, updated on the device", assumed.but(swapped=True)
-    if not assumed.small_buffers:
-        yield "Half the communicators' buffers (HCCL_BUFFSIZE=100)", assumed.but(small_buffers=True)
     if not assumed.hidden_messages:
         yield "Messages between stages behind other work", assumed.but(hidden_messages=True)
     if assumed.kernels == "plain":
@@ -171,9 +169,6 @@ def reach(recipe: Recipe, cluster: Cluster, ranks: int, assumed: Assumptions, wa
 def _ladder(recipe: Recipe, assumed: Assumptions) -> list[tuple[str, Any]]:
     """``(words, change)``, a change taking and giving a recipe and assumptions."""
     steps: list[tuple[str, Any]] = []
-    if not assumed.small_buffers:
-        text = "communicators have half the buffers (HCCL_BUFFSIZE=100 in cluster.options.environment)"
-        steps.append((text, lambda r, a: (r, a.but(small_buffers=True))))
     if not assumed.freed_outputs:
         text = "a stage lets go of the streams it has handed on (today they are held until the backward pass)"
         steps.append((text, lambda r, a: (r, a.but(freed_outputs=True))))

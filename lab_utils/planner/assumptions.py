@@ -24,8 +24,6 @@ class Assumptions:
             the host instead (``parallel.offload``).
         freed_outputs: a stage lets go of the streams that it has handed on; ColossalAI's schedules hold them until the
             backward pass.
-        small_buffers: communicators with half the buffers of the cluster's figure (``HCCL_BUFFSIZE=100``); CANN's rule
-            asks for a micro-batch's activations, 56 MB for V4-Pro at 4K.
         loss_share: tokens that bear loss; the head skips the others.
         fp8: products of layers in fp8, which the engine doesn't do; for comparison with runs that did.
     """
@@ -37,7 +35,6 @@ class Assumptions:
     imbalance: float = 1.1
     swapped: bool = False
     freed_outputs: bool = False
-    small_buffers: bool = False
     loss_share: float = 1.0
     fp8: bool = False
 

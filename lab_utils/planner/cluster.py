@@ -135,7 +135,10 @@ class Cluster(Section):
         description="Under load, with the chip's share of node, network and cooling."
     )
     runtime_gib: Figure = Field(description="Driver, runtime and context, of a device.")
-    communicator_mib: Figure = Field(description="Buffers of one communicator on a device.")
+    communicator_mib: Figure | None = Field(
+        None,
+        description="Buffers of one communicator on a device; of NPUs the launch scripts decide (HCCL_BUFFSIZE).",
+    )
     allocator_share: Figure = Field(
         description="What the allocator holds beyond the tensors, as a share of them."
     )
@@ -145,6 +148,10 @@ class Cluster(Section):
     @model_validator(mode="after")
     def _planes_widen(self) -> Cluster:
         reach = [plane.devices for plane in self.planes]
+        if (self.communicator_mib is None) != (self.kind == "npu"):
+            raise ValueError(
+                "communicator_mib: needed, but for kind npu, whose launch scripts set HCCL_BUFFSIZE"
+            )
         inner = [d for d in reach[:-1] if d is not None]
         if reach[-1] is not None or len(inner) != len(reach) - 1 or inner != sorted(inner):
             raise ValueError(

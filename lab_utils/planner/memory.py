@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from math import ceil
 from typing import TYPE_CHECKING
 
 from lab_utils.planner import kept
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lab_utils.planner.cluster import Cluster
 
 GIB = 2**30
+LEAST_BUFFER = 64  # MB of HCCL's buffers
 SEEN_BY_TWIN = (
     "weights",
     "gradients",
@@ -146,9 +148,7 @@ def _stage(
         (assumed.imbalance - 1.0) * (rows + flying * tokens * _rows_kept(n, model, placed.ep, stage)) / GIB
     )
     terms = {name: value / GIB for name, value in terms.items()}
-    terms |= _of_device(placed, stage, cluster, sum(terms.values()), uneven)
-    if assumed.small_buffers:
-        terms["communicators"] /= 2
+    terms |= _of_device(recipe, placed, stage, cluster, sum(terms.values()), uneven)
     return StageMemory(
         index=stage.index,
         layers=stage.ranges,
@@ -232,16 +232,33 @@ def _step_temporary(recipe: Recipe, state: State) -> float:
 
 
 def _of_device(
-    placed: Placed, stage: Stage, cluster: Cluster | None, tensors: float, uneven: float
+    recipe: Recipe, placed: Placed, stage: Stage, cluster: Cluster | None, tensors: float, uneven: float
 ) -> dict[str, float]:
     """Terms that no tensor shows, GiB."""
     if cluster is None:
         return {"communicators": 0.0, "runtime": 0.0, "slack": uneven}
     return {
-        "communicators": communicators(placed, stage) * cluster.communicator_mib.value / 1024,
+        "communicators": communicators(placed, stage) * _communicator_mib(recipe, placed, cluster) / 1024,
         "runtime": cluster.runtime_gib.value,
         "slack": cluster.allocator_share.value * tensors + uneven,
     }
+
+
+def _communicator_mib(recipe: Recipe, placed: Placed, cluster: Cluster) -> float:
+    """Of an NPU what the launch scripts, or the recipe's own settings, make HCCL take."""
+    if cluster.communicator_mib is not None:
+        return cluster.communicator_mib.value
+    own = recipe.cluster.options.get("environment") or {}
+    own = str(own.get("HCCL_BUFFSIZE", "")) if isinstance(own, dict) else ""
+    n = placed.numbers
+    return 2.0 * (
+        int(own) if own.isdigit() else hccl_buffer(n.hidden_size, placed.micro_tokens, recipe.model.dtype)
+    )
+
+
+def hccl_buffer(hidden_size: int, micro_tokens: int, dtype: str) -> int:
+    """``HCCL_BUFFSIZE`` in MB: one micro-batch's hidden states. A communicator has it twice, in the device's memory."""
+    return max(LEAST_BUFFER, ceil(micro_tokens * hidden_size * kept.width(dtype) / 2**20))
 
 
 def communicators(placed: Placed, stage: Stage) -> float:

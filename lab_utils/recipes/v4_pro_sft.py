@@ -25,8 +25,8 @@ def recipe() -> Recipe:
         data=DataSection(train=(DataSource(manifest="tulu-3-sft-mixture"),), row_tokens=4096),
         # TR §4.2.2, but for the rate: none is published for fine-tuning; others' trials take 1e-5.
         optim=OptimSection(kind="muon", lr=1e-5, eps=1e-20, weight_decay=0.1),
-        # Of the fastest that lab plan v4_pro_sft --cluster ascend-910c finds, alike to half a per cent, the one that
-        # needs least memory; docs/planner.md.
+        # Of the fastest that lab plan v4_pro_sft --cluster ascend-910c finds, alike to 3 %, one that leaves a
+        # tenth of the memory; docs/planner.md.
         parallel=ParallelSection(ep=128, pp=16),
         schedule=ScheduleSection(
             steps=1500,
