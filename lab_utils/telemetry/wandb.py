@@ -23,8 +23,10 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from lab_utils.runs.directory import write_atomic
 from lab_utils.telemetry import jsonl
 
+ADDRESS = Path("wandb") / "address"  # in a run: where the server shows it
 NOWHERE = "http://127.0.0.1:9"  # the discard port: nothing listens
 MAX_SAMPLES = 1000  # newest rows of samples.jsonl that make the table
 MAX_FILES = 64  # of a manifest that are listed one by one
@@ -147,6 +149,8 @@ class WandbSink:
                 **open_metrics((provenance.get("accelerator") or {}).get("kind")),
             ),
         )
+        if self.node == 0 and self._run.url:  # only the server knows the entity of a key
+            write_atomic(run_dir / ADDRESS, self._run.url)
         self._run.define_metric("train/global_step")
         self._run.define_metric("*", step_metric="train/global_step")
 

@@ -14,7 +14,7 @@ from lab_utils.runs.directory import default_root
 from lab_utils.runs.follow import Follower
 from lab_utils.runs.states import FINAL, JobState
 from lab_utils.runs.waiting import CLOSING_SECONDS
-from lab_utils.telemetry.wandb import run_id
+from lab_utils.telemetry.wandb import ADDRESS, run_id
 from lab_utils.widgets._words import badge, number, span, text
 
 T = TypeVar("T")
@@ -229,7 +229,9 @@ def wandb_place(run: Run) -> tuple[str | None, str]:
         command = f"lab wandb sync {run.name if known else run.path}{server}"
         return None, f"Its W&B data is in the run's own folder. To bring it to a server: {command}"
     base = str(tracking.base_url).rstrip("/")
-    if not tracking.entity:
+    if (told := run.path / ADDRESS).exists():
+        return told.read_text(encoding="utf-8").strip(), f"Run {run.name}."
+    if not tracking.entity:  # the server knows it, and says so as the run begins
         return base, f"Project {tracking.project}, run {run.name}."
     number_ = run_id(f"{run.name}/node-0")
     return f"{base}/{tracking.entity}/{tracking.project}/runs/{number_}", f"Run {run.name}."

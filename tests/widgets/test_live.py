@@ -472,6 +472,14 @@ def test_a_run_in_the_usual_folder_is_meant_by_its_name(run, monkeypatch):
     assert f"lab wandb sync {run.name} --url" in wandb_place(run)[1]
 
 
+def test_the_address_that_the_server_gave_is_the_link(tmp_path, watch):
+    changes = {"tracking.wandb": "online", "tracking.base_url": "https://w.example.org"}
+    run = Run(create(RECIPE.with_changes(changes), tmp_path))
+    (run.path / "wandb").mkdir(exist_ok=True)
+    (run.path / "wandb" / "address").write_text("https://w.example.org/team/ascent/runs/0123\n")
+    assert wandb_place(run)[0] == "https://w.example.org/team/ascent/runs/0123"
+
+
 # -- without anybody, and as a whole -----------------------------------------------------------------------------------
 
 
