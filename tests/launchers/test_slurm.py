@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -213,7 +214,7 @@ def test_a_preempted_job_saves_queues_itself_again_and_goes_on(slurm, stand_in, 
 
 
 def test_a_job_that_is_requeued_without_a_word_goes_on_from_its_last_checkpoint(slurm, stand_in, recipe):
-    stand_in(seconds=0.1)
+    stand_in(seconds=0.5)  # long enough that it is still running when Slurm hears of it
     run = launch(recipe)
     until(lambda: run.directory.checkpoints())
     slurm.ask("scontrol", "requeue", run.status["job"])
@@ -221,11 +222,13 @@ def test_a_job_that_is_requeued_without_a_word_goes_on_from_its_last_checkpoint(
     saved = int(run.directory.checkpoints()[-1].name.removeprefix("step-"))
     run.wait(timeout=300, progress=False)
     assert run.state == "succeeded" and run.status["restarts"] == 1
-    assert saved >= 10 and f"starts at step {saved}" in run.logs(200, rank=0)
+    begun = [int(step) for step in re.findall(r"starts at step (\d+)", run.logs(200, rank=0))]
+    # Slurm's SIGTERM may leave it the time to save once more.
+    assert saved >= 10 and len(begun) == 2 and begun[0] == 0 and saved <= begun[1] < 30
 
 
 def test_a_job_that_may_not_be_requeued_stops_after_its_checkpoint(slurm, stand_in, recipe):
-    stand_in(seconds=0.1)
+    stand_in(seconds=0.5)
     run = launch(recipe.with_changes({"cluster.options.requeue": False}))
     until(lambda: run.status["step"] > 2)
     slurm.ask("scancel", "--signal=USR1", "--batch", run.status["job"])
