@@ -143,9 +143,10 @@ def backward(n: Numbers, kind: str, model: ModelSection, row_tokens: int, tokens
     return tokens * made + max(sets)
 
 
-def head(n: Numbers, tokens: int, w: int, on_cpu: bool = False) -> float:
-    """Of ``kernels/linear_logprob`` backward: the head's gradient and a product of it in fp32, two chunks of logits; on
-    a CPU a head that isn't fp32 once more in fp32."""
+def head(n: Numbers, tokens: int, w: int, mtp: bool, on_cpu: bool = False) -> float:
+    """Of ``kernels/linear_logprob`` backward: the head's gradient and a product of it in fp32, a chunk of logits and
+    once more in w bytes; on a CPU a head that isn't fp32 once more in fp32; the gradient by multi-token prediction.
+    """
     rows = min(tokens, max(16, (CPU_CHUNK if on_cpu else CHUNK) // n.vocab_size))
-    heads = 3 if on_cpu and w < 4 else 2
-    return 4.0 * n.vocab_size * (heads * n.hidden_size + 2 * rows)
+    heads = 4 * (3 if on_cpu and w < 4 else 2) + (w if mtp else 0)
+    return float(n.vocab_size * (heads * n.hidden_size + (4 + w) * rows))

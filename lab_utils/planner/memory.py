@@ -217,7 +217,7 @@ def _temporary(recipe: Recipe, placed: Placed, stage: Stage, rows: float, on_cpu
     found = [kept.backward(n, kind, model, placed.row_tokens, tokens, placed.ep) for kind in kinds]
     if stage.last and recipe.objective.kind != "reward":
         found.append(
-            kept.head(n, tokens, kept.width(model.dtype), on_cpu) - rows
+            kept.head(n, tokens, kept.width(model.dtype), placed.mtp, on_cpu) - rows
         )  # no rows travel while the head works
     return max(found)
 
