@@ -90,6 +90,16 @@ def full_mm(a_MK: Tensor, b_KN: Tensor, out: Tensor | None = None) -> Tensor:
     return torch.mm(a_MK, b_KN, out_dtype=torch.float32)
 
 
+def add_mm(sum_MN: Tensor, a_MK: Tensor, b_KN: Tensor) -> Tensor:
+    """``sum + a · b`` by the rules of ``full_mm``, the sum in fp32: use what is returned; ``sum`` may be written over.
+
+    One pass over the sum on a device, where a product of its own would be three.
+    """
+    if a_MK.dtype != torch.bfloat16 or a_MK.device.type == "cpu":
+        return sum_MN.add_(full_mm(a_MK, b_KN))
+    return torch.addmm(sum_MN, a_MK, b_KN, out_dtype=torch.float32)
+
+
 def _dense(x: Tensor) -> Tensor:
     """The operand, copied where it is the transpose of a part of something wider: oneDNN has no fast code for those."""
     return x.contiguous() if x.stride(0) == 1 and x.stride(1) != x.shape[0] else x

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels._products import full_mm, operands
+from kernels._products import add_mm, full_mm, operands
 from kernels._support import any_device as unsupported  # noqa: F401
 from kernels._support import full_dtype, workspace
 from kernels.linear_kl.reference import check
@@ -52,7 +52,7 @@ class _LinearKl(torch.autograd.Function):
             if wants_hidden:
                 d_hidden[part] = full_mm(d_logits, head)
             if wants_head:
-                d_head += full_mm(d_logits.T, inputs_ND[part])
+                d_head = add_mm(d_head, d_logits.T, inputs_ND[part])
         d_head = d_head.to(head_VD.dtype) if wants_head else None
         return d_hidden, d_head, None, None, None, None, None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels import _npu
-from kernels._products import full_mm, operands
+from kernels._products import add_mm, full_mm, operands
 from kernels._support import full_dtype
 from kernels.linear_logprob.torch import DEVICE_CHUNK
 
@@ -61,7 +61,7 @@ class _LinearLogprob(torch.autograd.Function):
             )
             d_logits_nV = d_logits_nV.to(head_VD.dtype)
             d_hidden[part] = full_mm(d_logits_nV, head_VD).to(d_hidden.dtype)
-            d_weight += full_mm(d_logits_nV.T, hidden_nD)
+            d_weight = add_mm(d_weight, d_logits_nV.T, hidden_nD)
         return d_hidden, d_weight.to(weight_VD.dtype), None, None
 
 

@@ -15,7 +15,7 @@ from lab_utils.planner.numbers import Numbers
 from lab_utils.recipe.sections import ModelSection
 
 Kept = dict[str, float]
-CHUNK, CPU_CHUNK = 1 << 27, 1 << 19  # logits that kernels/linear_logprob makes at once
+CHUNK, CPU_CHUNK = 1 << 28, 1 << 19  # logits that kernels/linear_logprob makes at once
 
 
 def width(dtype: str) -> int:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cache
+from math import ceil
 
 from lab_utils.models.deepseek_v4.counting import CSA, HCA, WINDOW_ONLY, _entry_keys, _window_keys
+from lab_utils.planner.kept import CHUNK
 from lab_utils.planner.numbers import Numbers
 
 HYPER = "hyper_connections"
@@ -165,11 +167,13 @@ def ends(n: Numbers, N: int, w: int, *, loss_share: float, times: int = 1, warmu
     rows = N * loss_share
     head = Product("head", rows, D, V, groups=times, backward=0.0 if warmup else 3.0)
     logits = times * rows * V * 4.0
+    # The head's fp32 gradient is read and written for every chunk of tokens; that of a small head stays in cache.
+    sums = times * ceil(rows / max(16, CHUNK // V)) * 2 * 4.0 * V * D if w < 4 else 0.0
     moved = {"other": 4 * logits + times * N * 2 * D * w, HYPER: times * N * S * D * (w + 8.0)}
     return Work(
         products=(head,),
         moved=moved,
-        moved_backward={} if warmup else {"other": 6 * logits, HYPER: 2.5 * moved[HYPER]},
+        moved_backward={} if warmup else {"other": 6 * logits + sums, HYPER: 2.5 * moved[HYPER]},
         shared_beside=False,
     )
 

@@ -232,7 +232,13 @@ def _pointwise_linear(x, weight, *_, out_val=None, **__) -> int:
     return 2 * x.numel() * weight.shape[0]
 
 
+def _sum_and_product(_, a, b, *args, out_val=None, **__) -> int:
+    """torch's own formula takes no ``out_dtype``."""
+    return 2 * a.shape[0] * a.shape[1] * b.shape[1]
+
+
 _FLOPS: dict[Any, Callable[..., int]] = dict(flop_registry)
+_FLOPS[aten.addmm] = _sum_and_product
 _FLOPS[aten._grouped_mm] = _grouped
 _FLOPS[aten.addmm_], _FLOPS[aten.baddbmm_] = _FLOPS[aten.addmm], _FLOPS[aten.baddbmm]
 if torch.backends.mkldnn.is_available():
