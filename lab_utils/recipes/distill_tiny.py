@@ -29,7 +29,7 @@ def recipe() -> Recipe:
         ),
         optim=OptimSection(lr=3e-4),
         schedule=ScheduleSection(
-            steps=50, batch_tokens=16384, micro_rows=2, warmup_steps=3, final_lr_ratio=0.1, eval_every=25
+            steps=75, batch_tokens=16384, micro_rows=2, warmup_steps=3, final_lr_ratio=0.1, eval_every=25
         ),
         cluster=ClusterSection(nproc=2),
     )
