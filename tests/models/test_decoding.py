@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lab_utils.models.decoding import Recomputing
+from lab_utils.models.deepseek_v4 import cpu_step
 from lab_utils.models.generate import Request, Sampling, generate, greedy_generate
 from tests.models.v4_models import C, H, V, build
 
@@ -173,3 +174,21 @@ def test_streams_that_are_mixed_hard_stay_finite_in_the_step_of_few_calls():
     decoding.prefill([text])
     found = [decoding.step([token]).logits_RV[0] for token in (3, 9, 4)]
     assert close(torch.stack(found), whole(model, [*text, 3, 9, 4])[-3:], 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("MASKED", 0), ("ONE_THREAD", 0), ("LOOPED", 0), ("_one_product", lambda a, b: None)]
+)
+def test_what_larger_models_and_batches_take_gives_the_same_logits(monkeypatch, name, value):
+    """Selected keys are copied, products are torch's, experts grouped, output projections two."""
+
+    def logits() -> torch.Tensor:
+        decoding, texts = model.start_decoding(), prompts(11, 5, longest=60)
+        decoding.prefill(texts)
+        found = [decoding.step([(7 * i + row) % V for row in range(5)]).logits_RV for i in range(12)]
+        return torch.stack(found)
+
+    model = build(3).eval()
+    expected = logits()
+    monkeypatch.setattr(cpu_step, name, value)
+    assert close(logits(), expected, 1e-5)

@@ -11,7 +11,7 @@ entries, N rows that close a window, m compression rate, E experts, F expert wid
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.routing.reference import SCORES
+from lab_utils.models.deepseek_v4.cpu_positions import Now, Turns
 
 if TYPE_CHECKING:
     from lab_utils.models.deepseek_v4.attention import Attention
@@ -27,14 +28,12 @@ if TYPE_CHECKING:
     from lab_utils.models.deepseek_v4.hyper_connections import HyperConnection, HyperHead
     from lab_utils.models.deepseek_v4.model import DeepseekV4
     from lab_utils.models.deepseek_v4.moe import MoE
-    from lab_utils.models.deepseek_v4.rotary import Rotary
 
 Array = NDArray[np.float32]
 # Elements of an expert's weight up to which a loop over the experts at work beats a grouped product.
 LOOPED = 1 << 18
 # Multiply-accumulates up to which OpenBLAS, which numpy's wheels carry, stays on the calling thread.
 ONE_THREAD = 1 << 18
-GROWTH = 1024  # rotations that are made at a time, at the least
 # Entries up to which those that are not selected are masked: copying the selected ones costs more.
 MASKED = 256
 f32 = np.float32
@@ -57,12 +56,12 @@ class CpuStep:
         self.head = _Head(model.model.hc_head)
         self.norm = _Norm(model.model.norm)
         self.vocabulary = _array(model.head_weight).T
-        self.turns = _Turns(model.rotary)
+        self.turns = Turns(model.rotary)
 
     def __call__(self, tokens: list[int], positions: list[int]) -> tuple[Tensor, NDArray]:
         """Logits ``[R, V]`` behind a token of each row, and the experts of each row ``[R, L, k]``."""
         ids_R = np.asarray(tokens)
-        now = _Now(positions, self.turns, self.dense)
+        now = Now(positions, self.turns, self.dense)
         h_RnD = np.repeat(self.embedding[ids_R][:, None], self.streams, 1)
         experts = []
         for layer in self.layers:
@@ -72,104 +71,13 @@ class CpuStep:
         return torch.from_numpy(logits_RV), np.stack(experts, 1)
 
 
-class _Turns:
-    """RoPE's rotations as complex numbers, of all positions that were asked for yet."""
-
-    def __init__(self, rotary: Rotary) -> None:
-        self.rotary, self.tables = rotary, {}
-
-    def __call__(self, kind: str, position_R: NDArray, longest: int) -> NDArray[np.complex64]:
-        """``[R, pairs]``; ``longest``: no position is above."""
-        table = self.tables.get(kind)
-        if table is None or longest >= len(table):
-            angles = self.rotary(kind, torch.arange(max(GROWTH, 2 * longest)))
-            table = self.tables[kind] = torch.complex(*angles).numpy()
-        return table[position_R]
-
-
-class _Now:
-    """A token of each row: where it stands, and what all layers of a kind read alike (made once)."""
-
-    def __init__(self, positions: list[int], turns: _Turns, dense: bool) -> None:
-        self.position_R = np.asarray(positions)
-        self.rows_R = np.arange(len(positions))
-        self.longest, self.shortest, self.dense = max(positions), min(positions), dense
-        self.turns, self._made = turns, {}
-
-    def entries(self, rate: int) -> int:
-        """The most entries that a row sees."""
-        return (self.longest + 1) // rate
-
-    def turn(self, kind: str) -> NDArray[np.complex64]:
-        """Rotation of each row ``[R, pairs]``."""
-        return self._once(("turn", kind), lambda: self.turns(kind, self.position_R, self.longest))
-
-    def place(self, ring: int) -> NDArray:
-        """Of the token in a ring of this size ``[R]``."""
-        return self._once(("place", ring), lambda: self.position_R % ring)
-
-    def bias(self, window: int, rate: int | None) -> Array:
-        """0 where a row sees a key, else -inf: ``[R, 1, 1 + w + C]``, the first column being the sink's."""
-
-        def make() -> Array:
-            C = self.entries(rate) if rate else 0
-            bias_RX = np.zeros((len(self.rows_R), 1 + window + C), f32)
-            if self.shortest < window:
-                np.copyto(
-                    bias_RX[:, 1 : 1 + window], -np.inf, where=np.arange(window) > self.position_R[:, None]
-                )
-            if C:
-                bias_RX[:, 1 + window :] = self.hidden(rate)
-            return bias_RX[:, None]
-
-        return self._once(("bias", window, rate), make)
-
-    def hidden(self, rate: int) -> Array:
-        """-inf for entries that a row does not see, else 0: ``[R, C]``."""
-
-        def make() -> Array:
-            hidden_RC = np.arange(self.entries(rate)) >= ((self.position_R + 1) // rate)[:, None]
-            return np.where(hidden_RC, f32(-np.inf), f32(0))
-
-        return self._once(("hidden", rate), make)
-
-    def closing(self, rate: int, overlap: bool) -> _Closing | None:
-        def make() -> _Closing | None:
-            next_R = self.position_R + 1
-            rows_N = np.flatnonzero(next_R % rate == 0)
-            if not len(rows_N):
-                return None
-            Y, next_N = rate * (2 if overlap else 1), next_R[rows_N]
-            entry_N = next_N // rate - 1
-            fresh = (entry_N == 0)[:, None, None] if overlap else None
-            turn = self.turns("compress", entry_N * rate, self.longest)
-            return _Closing(rows_N, (next_N[:, None] + np.arange(Y)) % Y, fresh, entry_N, turn)
-
-        return self._once(("closing", rate, overlap), make)
-
-    def _once(self, key: tuple, make):
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
-
-
-class _Closing(NamedTuple):
-    """Rows whose token closes a window of a pool; ``cache.Closing`` as arrays."""
-
-    rows_N: NDArray
-    order_NY: NDArray
-    fresh_N11: NDArray | None
-    entry_N: NDArray
-    turn: NDArray[np.complex64]
-
-
 class _Layer:
     def __init__(self, layer, cache: AttentionCache) -> None:
         self.attention, self.experts = _Attention(layer.self_attn, cache), _Experts(layer.mlp)
         self.norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self.connections = _Connection(layer.attn_hc), _Connection(layer.ffn_hc)
 
-    def __call__(self, h_RnD: Array, ids_R: NDArray, now: _Now) -> tuple[Array, NDArray]:
+    def __call__(self, h_RnD: Array, ids_R: NDArray, now: Now) -> tuple[Array, NDArray]:
         x_RD, post, comb = self.connections[0](h_RnD)
         h_RnD = _mixed(h_RnD, self.attention(self.norms[0](x_RD), now), post, comb)
         x_RD, post, comb = self.connections[1](h_RnD)
@@ -256,7 +164,7 @@ class _Attention:
         if cache.pools:
             self.bias = _array(cache.bias_mF)
 
-    def __call__(self, x_RD: Array, now: _Now) -> Array:
+    def __call__(self, x_RD: Array, now: Now) -> Array:
         cache, R, into_at = self.cache, len(x_RD), self.into_at
         into = _dot(x_RD, self.into)
         queries = _dot(self.q_norm(into[:, into_at[0]]), self.queries)
@@ -286,7 +194,7 @@ class _Attention:
         inner = torch.bmm(out_RGX.transpose(0, 1), self.out_a)
         return _dot(inner.transpose(0, 1).reshape(R, -1).numpy(), self.out_b)
 
-    def _pool(self, projected_RF: Array, now: _Now) -> None:
+    def _pool(self, projected_RF: Array, now: Now) -> None:
         cache, m = self.cache, self.cache.rate
         ring = cache.ring_RYF.numpy()
         ring[now.rows_R, now.place(cache.ring)] = projected_RF
@@ -315,7 +223,7 @@ class _Attention:
         if keys:
             cache.index_RCI.numpy()[closing.rows_N, closing.entry_N] = keys[0]
 
-    def _select(self, q_RX: Array, scored_RH: Array, turn: NDArray, now: _Now) -> NDArray:
+    def _select(self, q_RX: Array, scored_RH: Array, turn: NDArray, now: Now) -> NDArray:
         """Entries that each row attends ``[R, S]``; where there are fewer, some that it does not see."""
         cache, indexer, R = self.cache, self.cache.indexer, len(q_RX)
         C = now.entries(cache.rate)
@@ -328,7 +236,7 @@ class _Attention:
         scores_RC += now.hidden(cache.rate)
         return np.argpartition(scores_RC, C - indexer.topk, 1)[:, C - indexer.topk :]
 
-    def _selected(self, selected_RS: NDArray, now: _Now) -> tuple[Tensor, Array]:
+    def _selected(self, selected_RS: NDArray, now: Now) -> tuple[Tensor, Array]:
         """Keys ``[≥ R, ≥ X, K]`` and what is added to their scores ``[R, 1, X]``."""
         cache, rows_R1 = self.cache, now.rows_R[:, None]
         hidden_RC, window = now.hidden(cache.rate), now.bias(cache.start - 1, None)
