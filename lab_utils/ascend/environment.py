@@ -116,7 +116,9 @@ def variables(recipe: Recipe, log_folder: str) -> list[Variable]:
         why = "A3: collectives unfold on the chip, always in the same order; AIV is not for training"
         found.append(Variable("HCCL_OP_EXPANSION_MODE", "AI_CPU", why, CANN, "hccl"))
     if buffer is not None:
-        why = "One micro-batch's hidden states, 64 MB at least; each communicator takes it twice from HBM"
+        from lab_utils.planner.memory import LEAST_BUFFER
+
+        why = f"One micro-batch's hidden states, {LEAST_BUFFER} MB at least; each communicator takes it twice from HBM"
         found.append(Variable("HCCL_BUFFSIZE", str(buffer), why, CANN, "hccl"))
     found += [
         Variable(

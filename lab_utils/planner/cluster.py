@@ -149,9 +149,12 @@ class Cluster(Section):
     def _planes_widen(self) -> Cluster:
         reach = [plane.devices for plane in self.planes]
         if (self.communicator_mib is None) != (self.kind == "npu"):
-            raise ValueError(
-                "communicator_mib: needed, but for kind npu, whose launch scripts set HCCL_BUFFSIZE"
+            do = (
+                "leave it out: the launch scripts set HCCL_BUFFSIZE"
+                if self.kind == "npu"
+                else "give it a value"
             )
+            raise ValueError(f"communicator_mib, of kind {self.kind}: {do}")
         inner = [d for d in reach[:-1] if d is not None]
         if reach[-1] is not None or len(inner) != len(reach) - 1 or inner != sorted(inner):
             raise ValueError(

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kernels.routing.reference import SCORES
-from lab_utils.models.deepseek_v4.cpu_positions import Now, Turns
+from lab_utils.models.deepseek_v4.cpu_positions import Array, Now, Turns, f32
 
 if TYPE_CHECKING:
     from lab_utils.models.deepseek_v4.attention import Attention
@@ -29,14 +29,12 @@ if TYPE_CHECKING:
     from lab_utils.models.deepseek_v4.model import DeepseekV4
     from lab_utils.models.deepseek_v4.moe import MoE
 
-Array = NDArray[np.float32]
 # Elements of an expert's weight up to which a loop over the experts at work beats a grouped product.
 LOOPED = 1 << 18
 # Multiply-accumulates up to which OpenBLAS, which numpy's wheels carry, stays on the calling thread.
 ONE_THREAD = 1 << 18
 # Entries up to which those that are not selected are masked: copying the selected ones costs more.
 MASKED = 256
-f32 = np.float32
 
 
 def runs(model: DeepseekV4) -> bool:
