@@ -9,26 +9,32 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kernels.geometry import Geometry
+from kernels.row_part import RowPart
 
 SMALL, REALISTIC = "small", "realistic"
 SAME_DTYPE = object()  # as an option: the dtype under test
 
 
 class Rows(NamedTuple):
-    """Position and document ids ``[B, T]`` of packed rows; as an option it reaches the operator as a Geometry."""
+    """Position and document ids ``[B, T]`` of packed rows; as an option it reaches the operator as a Geometry.
+
+    ``part``: arguments of ``RowPart``, where the operator sees a part of the rows.
+    """
 
     position_ids: Tensor
     document_ids: Tensor
+    part: tuple[int, int, int] | None = None
 
     def geometry(self, device: str = "cpu") -> Geometry:
-        return Geometry(self.position_ids.to(device), self.document_ids.to(device))
+        found = Geometry(self.position_ids.to(device), self.document_ids.to(device))
+        return found if self.part is None else RowPart(found, *self.part)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,36 @@ def packed(g: torch.Generator, rows: int, tokens: int, longest: int) -> Rows:
 def whole(rows: int, tokens: int) -> Rows:
     """Rows that are one document each."""
     return Rows(torch.arange(tokens).repeat(rows, 1), torch.zeros(rows, tokens, dtype=torch.long))
+
+
+def part_of(
+    case: Case,
+    g: torch.Generator,
+    ranks: int,
+    before: int,
+    queries: tuple[str, ...],
+    keys: tuple[str, ...] = (),
+) -> Case:
+    """A case on whole rows as one of ``ranks`` parts of them sees it.
+
+    Args:
+        queries: names of what is cut to the part's tokens; ``keys``: of what has the ``before`` tokens in front too.
+    """
+    rows, rank = case.options["geometry"], between(g, 0, ranks - 1)
+    T = rows.position_ids.shape[1] // ranks
+    start, front = rank * T, min(before, rank * T)
+
+    def cut(name: str, x: Any) -> Any:
+        if not isinstance(x, Tensor) or name not in (*queries, *keys):
+            return x
+        if name in queries:
+            return x[:, start : start + T].contiguous()
+        found = x[:, start - front : start + T]
+        return torch.cat([torch.zeros_like(found[:, :1]).expand(-1, before - front, -1), found], 1)
+
+    inputs, options = ({k: cut(k, x) for k, x in each.items()} for each in (case.inputs, case.options))
+    options["geometry"] = rows._replace(part=(rank, ranks, before))
+    return replace(case, inputs=inputs, options=options, flops=None, shape={**case.shape, "parts": ranks})
 
 
 def visible_entries(geometry: Geometry, rate: int) -> Tensor:

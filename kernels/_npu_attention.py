@@ -54,18 +54,21 @@ class Window:
 
     def __init__(self, geometry: Geometry, window: int, scale: float):
         self.plan, self.scale = geometry.plan(window, window, None, 1), scale
+        self.front = window if geometry.before else 0  # keys in front of the first query
         mask_BJWS = self.plan.window_bias_BJWS != 0
         self.mask = mask_BJWS.flatten(0, 1)[:, None]
 
     def _blocks(self, x_BT: Tensor, fill: float = 0) -> Tensor:
         return self.plan.blocked(x_BT, fill).flatten(0, 1)
 
-    def _keys(self, kv_BTK: Tensor) -> Tensor:
+    def _keys(self, kv_BXK: Tensor) -> Tensor:
         """``[B·J, 2W, 1, K]``: the block before and the own one of each block."""
-        plan, W = self.plan, self.plan.block
-        own = plan.blocked(kv_BTK)
-        before = F.pad(own[:, :-1], (0, 0, 0, 0, 1, 0))
-        return torch.cat([before, own], 2).view(-1, 2 * W, 1, kv_BTK.shape[-1])
+        plan, W, front = self.plan, self.plan.block, self.front
+        own = plan.blocked(kv_BXK[:, front:])
+        # In front of a row there is nothing, in front of a part of it the part before.
+        first = kv_BXK[:, None, :front] if front else torch.zeros_like(own[:, :1])
+        before = torch.cat([first, own[:, :-1]], 1)
+        return torch.cat([before, own], 2).view(-1, 2 * W, 1, kv_BXK.shape[-1])
 
     def _rows(self, x_JW: Tensor, like_BT: Tensor) -> Tensor:
         B, T = like_BT.shape[:2]
@@ -80,10 +83,11 @@ class Window:
         d_q, d_keys = _dense_backward(
             self._blocks(q_BTHK), self._keys(kv_BTK), self._blocks(grad), blocks, self.mask, self.scale
         )
-        B, W = kv_BTK.shape[0], self.plan.block
+        B, W, front = kv_BTK.shape[0], self.plan.block, self.front
         before, own = d_keys.view(B, self.plan.blocks, 2 * W, -1).split(W, 2)
         own[:, :-1] += before[:, 1:]
-        return self._rows(d_q, q_BTHK), own.flatten(1, 2)[:, : kv_BTK.shape[1]]
+        d_kv = own.flatten(1, 2)[:, : self.plan.geometry.T]
+        return self._rows(d_q, q_BTHK), torch.cat([before[:, 0], d_kv], 1) if front else d_kv
 
 
 class AllEntries:

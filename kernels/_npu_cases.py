@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 
-from kernels._cases import Case, normal, packed, visible_entries, whole
+from kernels._cases import Case, normal, packed, part_of, visible_entries, whole
 from kernels.indexer_select.cases import selection
 from kernels.indexer_select.reference import indexer_select
 
@@ -89,14 +89,21 @@ def _whole_rows(g: torch.Generator) -> Case:
     )
 
 
+def _part(g: torch.Generator, case: Case) -> Case:
+    return part_of(
+        case, g, 2, 128, ("q_BTHK", "cos_BTR", "sin_BTR", "selected_BTS", "weights_BTH"), ("kv_BTK",)
+    )
+
+
 _MADE: dict[str, dict[str, Callable[[torch.Generator], Case]]] = {
     "shared_kv_attention": {
+        "a part of the rows": lambda g: _part(g, _attention(g, 4, 64)),
         "window": lambda g: _attention(g, None, None),
         "selected entries": lambda g: _attention(g, 4, 64),
         "all entries": lambda g: _attention(g, 128, None),
         "all entries of whole rows": _whole_rows,
     },
-    "indexer_select": {"selection": _select},
+    "indexer_select": {"selection": _select, "a part of the rows": lambda g: _part(g, _select(g))},
     "indexer_kl": {"selection": lambda g: _kl(g, 64), "all entries": lambda g: _kl(g, None)},
     "hyper_connection_pre": {"streams": _way_in},
 }

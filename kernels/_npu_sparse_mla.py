@@ -27,10 +27,17 @@ SELECTING, WHOLE = 4, 128  # the rate of entries that are selected, and of those
 SELECTIONS = (512, 1024)
 
 
-def fits(q_BTHK: Tensor, window: int, entries: int, rate: int | None, selected_BTS: Tensor | None) -> bool:
+def fits(
+    q_BTHK: Tensor,
+    geometry: Geometry,
+    window: int,
+    entries: int,
+    rate: int | None,
+    selected_BTS: Tensor | None,
+) -> bool:
     """Whether the extension is there and takes this call; where it isn't or doesn't, torch_npu's operators do."""
-    if not all(_npu.has(name) for name in OPERATORS):
-        return False
+    if geometry.before or not all(_npu.has(name) for name in OPERATORS):
+        return False  # of a part of a row it would take the keys in front for all that came before
     H, K = q_BTHK.shape[2:]
     # At its rate of 4 a selection is expected: where there is none, all entries are one.
     chosen = selected_BTS.shape[-1] if selected_BTS is not None else entries if rate == SELECTING else 0

@@ -61,6 +61,9 @@ class Entries:
 class Geometry:
     """Documents of packed rows, from position and document ids ``[B, T]`` (a new id, or position 0, starts one)."""
 
+    # Of a part of the rows (``row_part``): its first token, and key tokens in front of it.
+    start = before = 0
+
     def __init__(self, position_ids: Tensor, document_ids: Tensor):
         self.B, self.T = position_ids.shape
         self.device = position_ids.device
@@ -83,6 +86,20 @@ class Geometry:
         if rate not in self._entries:
             self._entries[rate] = Entries(self, rate)
         return self._entries[rate]
+
+    @property
+    def whole(self) -> Geometry:
+        """Of all tokens of the rows."""
+        return self
+
+    @property
+    def key_position_BX(self) -> Tensor:
+        """Positions of the tokens that are keys."""
+        return self.position_BT
+
+    def windows(self, rate: int) -> Entries:
+        """What ``compressor`` pools of the key tokens."""
+        return self.entries(rate)
 
     def plan(self, block: int, window: int, rate: int | None, heads: int) -> BlockPlan:
         """Query blocks of ``block`` tokens, for a window (0: entries only), a compression rate (None: no entries) and a

@@ -16,14 +16,14 @@ from kernels.geometry import Geometry
 def compressor(
     kv_BTF: Tensor, gate_BTF: Tensor, bias_mF: Tensor, geometry: Geometry, *, rate: int, overlap: bool
 ) -> Tensor:
-    """Pooled entries ``[B, C, K]`` with C = T div rate, before norm and RoPE.
+    """Pooled entries ``[B, C, K]`` with C = T div rate (of a part of a row: its ``Windows``), before norm and RoPE.
 
     Per channel, a softmax of ``gate + bias[position in window]`` weighs the tokens of a window. With ``overlap`` (CSA)
     F = 2K: entry i pools the first half of window i-1 and the second half of window i; else (HCA) F = K. Slots beyond
     the entries of a row hold finite values that no query may see.
     """
     full, B, _T, F = full_dtype(kv_BTF), *kv_BTF.shape
-    entries = geometry.entries(rate)
+    entries = geometry.windows(rate)
     shape = (B, entries.count, rate, F)
     kv = kv_BTF.to(full).reshape(-1, F)[entries.tokens].view(shape)
     gate = gate_BTF.to(full).reshape(-1, F)[entries.tokens].view(shape) + bias_mF.to(full)

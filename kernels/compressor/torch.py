@@ -93,7 +93,7 @@ def compressor(
     kv_BTF: Tensor, gate_BTF: Tensor, bias_mF: Tensor, geometry: Geometry, *, rate: int, overlap: bool
 ) -> Tensor:
     """See ``reference.compressor``."""
-    entries = geometry.entries(rate)
+    entries = geometry.windows(rate)
     if entries.count == 0:
         return kv_BTF[:, :0, : kv_BTF.shape[-1] // (2 if overlap else 1)]
     return apply(_Compress, kv_BTF, gate_BTF, bias_mF, entries, overlap)

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from kernels._cases import SMALL, Case, between, normal, packed, visible_entries
+from kernels._cases import SMALL, Case, between, normal, packed, part_of, visible_entries
 from kernels.indexer_select.reference import indexer_select
 
-VARIANTS = ({"topk": 64}, {"topk": None}, {"topk": 5})
+VARIANTS = (
+    {"topk": 64},
+    {"topk": None},
+    {"topk": 5},
+    {"topk": 5, "ranks": 3},
+    {"topk": None, "ranks": 2},
+)
 
 
-def case(g: torch.Generator, size: str, *, topk: int | None = 64, rate: int = 4) -> Case:
+def case(g: torch.Generator, size: str, *, topk: int | None = 64, rate: int = 4, ranks: int = 1) -> Case:
     if size == SMALL:
         B, T, H, K = between(g, 1, 2), between(g, 30, 200), between(g, 1, 4), between(g, 2, 6)
     else:
         B, T, H, K = 1, 1024, 8, 64
+    T = T if ranks == 1 else ranks * between(g, 2 * rate, 70)
     rows = packed(g, B, T, 7 * T // 8)
     geometry = rows.geometry()
     inputs = {
@@ -35,4 +42,6 @@ def case(g: torch.Generator, size: str, *, topk: int | None = 64, rate: int = 4)
     # Dots forward, their two gradients backward.
     flops = 3 * 2 * int(compared.sum()) * H * (K + 1)
     shape = {"B": B, "T": T, "H": H, "K": K, "topk": topk or T // rate}
-    return Case(inputs, options, tuple(inputs), flops=flops, shape=shape)
+    made = Case(inputs, options, tuple(inputs), flops=flops, shape=shape)
+    by_query = ("q_BTHK", "weights_BTH", "mass", "selected_BTS")
+    return made if ranks == 1 else part_of(made, g, ranks, 2 * rate, by_query)

@@ -151,7 +151,7 @@ def indexer_kl(
     else:
         index = selected_BTS
     index_BTS, order = index.to(torch.int32).sort(-1, descending=True)  # entries first, what is none last
-    if _npu.has(EXTENSION[0]):
+    if _npu.has(EXTENSION[0]) and not geometry.before:  # its causal mask is that of whole rows
         target = mass.to(full).gather(2, order) * (counted_BT[..., None] & (index_BTS >= 0))
         target = target / target.sum(-1, keepdim=True).clamp(min=1e-30)
         total = _ByExtension.apply(q_BTHK, keys_BCK, weights_BTH, target, index_BTS, rate)

@@ -12,17 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels._cases import SMALL, Case, between, normal, packed, visible_entries
+from kernels._cases import SMALL, Case, between, normal, packed, part_of, visible_entries
 from kernels.indexer_select.reference import scores
 
-VARIANTS = ({"topk": 64}, {"topk": 5}, {"topk": 1})
+VARIANTS = ({"topk": 64}, {"topk": 5}, {"topk": 1}, {"topk": 5, "ranks": 3})
 
 
-def case(g: torch.Generator, size: str, *, topk: int = 64, rate: int = 4) -> Case:
+def case(g: torch.Generator, size: str, *, topk: int = 64, rate: int = 4, ranks: int = 1) -> Case:
     if size == SMALL:
         B, T, H, K = between(g, 1, 2), between(g, 3, 200), between(g, 1, 4), between(g, 2, 6)
     else:
         B, T, H, K = 1, 1024, 8, 64
+    T = T if ranks == 1 else ranks * between(g, 2 * rate, 70)
     rows = packed(g, B, T, max(2, 7 * T // 8))
     inputs = {
         "q_BTHK": torch.randint(-3, 4, (B, T, H, K), generator=g).double(),
@@ -32,7 +33,8 @@ def case(g: torch.Generator, size: str, *, topk: int = 64, rate: int = 4) -> Cas
     options = {"geometry": rows, "rate": rate, "topk": topk}
     flops = 2 * int(rows.geometry().entries(rate).visible_BT.sum()) * H * (K + 1)
     shape = {"B": B, "T": T, "H": H, "K": K, "topk": topk}
-    return Case(inputs, options, view=selection, flops=flops, shape=shape)
+    made = Case(inputs, options, view=selection, flops=flops, shape=shape)
+    return made if ranks == 1 else part_of(made, g, ranks, 2 * rate, ("q_BTHK", "weights_BTH"))
 
 
 def selection(outputs: tuple[Tensor, ...], arguments: dict[str, Any]) -> tuple[Tensor, ...]:

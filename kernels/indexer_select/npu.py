@@ -32,21 +32,23 @@ class Groups:
     """Queries by (document, remainder) and the entries each group compares: rows of the flat tensors and their ends."""
 
     def __init__(self, geometry: Geometry, rate: int):
-        entries, T, C = geometry.entries(rate), geometry.T, geometry.T // rate
-        steps, queries, keys, ends = torch.arange(max(T, 1)), [], [], []
+        entries, T, whole = geometry.entries(rate), geometry.T, geometry.whole
+        steps, queries, keys, ends = torch.arange(max(whole.T, 1)), [], [], []
         seen = dict.fromkeys(range(geometry.B), 0)  # entries of a row before the document
-        for row, start, length in _npu.documents(geometry):
-            count = length // rate
-            for remainder in range(rate if count else 0):
+        for row, start, length in _npu.documents(whole):
+            # Its tokens that are queries here: all, or those in a part of the row.
+            begin, end = max(geometry.start - start, 0), min(geometry.start + T - start, length)
+            for remainder in range(rate if begin < end else 0):
+                first = begin + (remainder - begin) % rate
                 # The last query of the group stands at `last`, and sees as many entries as the group compares.
-                last = remainder + (length - 1 - remainder) // rate * rate
+                last = first + (end - 1 - first) // rate * rate
                 compared = (last + 1) // rate
-                if compared:
-                    first = row * T + start + remainder
-                    queries.append(steps[: (last - remainder) // rate + 1] * rate + first)
-                    keys.append(steps[:compared] + row * C + seen[row])
+                if compared and first <= last:
+                    at = row * T + start - geometry.start + first
+                    queries.append(steps[: (last - first) // rate + 1] * rate + at)
+                    keys.append(steps[:compared] + row * entries.count + seen[row])
                     ends.append((len(queries[-1]), compared))
-            seen[row] += count
+            seen[row] += length // rate
         empty = torch.zeros(0, dtype=torch.long)
         sizes = torch.tensor(ends, dtype=torch.int32).view(-1, 2).cumsum(0, dtype=torch.int32)
         place = lambda x: x.to(entries.first_BT.device)  # noqa: E731

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kernels._cases import SMALL, Case, between, normal, packed
+from kernels._cases import SMALL, Case, between, normal, packed, part_of
 from kernels.indexer_select.reference import indexer_select
 
 VARIANTS = (
@@ -15,6 +15,9 @@ VARIANTS = (
     {"rate": 16},
     {"rate": 100},  # more than a document: no entry at all
     {"rate": 4, "window": 64},  # query blocks of half a window
+    {"rate": 4, "topk": 3, "ranks": 3},
+    {"rate": 4, "window": 64, "ranks": 2},
+    {"rate": 16, "ranks": 2},
 )
 
 
@@ -25,10 +28,12 @@ def case(
     rate: int | None = 4,
     topk: int | None = None,
     window: int | None = None,
+    ranks: int = 1,
 ) -> Case:
     if size == SMALL:
         B, T, H, R = between(g, 1, 3), between(g, 20, 60), between(g, 1, 3), between(g, 1, 3)
         T = T + 100 if window else T
+        T = T if ranks == 1 else ranks * ((window or 20) + between(g, 0, 30))
         K, window = 2 * R + 2 * between(g, 0, 3), window or between(g, 1, 9)
         rows = packed(g, B, T, max(20, 2 * T // 3))
     else:
@@ -55,4 +60,8 @@ def case(
     # Scores and values forward; their four gradients backward.
     flops = 6 * 2 * int(seen_BT.sum()) * H * K
     shape = {"B": B, "T": T, "H": H, "K": K, "window": window}
-    return Case(inputs, options, tuple(inputs), flops=flops, shape=shape)
+    made = Case(inputs, options, tuple(inputs), flops=flops, shape=shape)
+    if ranks == 1:
+        return made
+    before = window + between(g, 0, min(9, T // ranks - window))  # of which the operator leaves some alone
+    return part_of(made, g, ranks, before, ("q_BTHK", "cos_BTR", "sin_BTR", "selected_BTS"), ("kv_BTK",))

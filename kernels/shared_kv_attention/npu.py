@@ -98,9 +98,10 @@ def shared_kv_attention(
             selected_BTS=selected_BTS,
             want_mass=want_mass,
         )
+    kv_BTK = kv_BTK[:, max(0, geometry.before - window) :]  # more keys than the window come along with a part
     scale, angles = K**-0.5, (cos_BTR[:, :, None], sin_BTR[:, :, None])
     q_BTHK = rope(rms_norm(q_BTHK, q_BTHK.new_ones(K), eps), *angles)
-    mla = _npu_sparse_mla.fits(q_BTHK, window, C, rate if C else None, selected_BTS)
+    mla = _npu_sparse_mla.fits(q_BTHK, geometry, window, C, rate if C else None, selected_BTS)
     attend = _npu_sparse_mla.attention if mla else _npu_attention.attention
     out, top, total = attend(
         q_BTHK, kv_BTK, entries_BCK, sinks_H, geometry, window, rate, selected_BTS, scale

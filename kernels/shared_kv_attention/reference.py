@@ -35,7 +35,8 @@ def shared_kv_attention(
     ``q_BTHK`` comes straight from its projection: unit-RMS per head and RoPE are applied here. ``kv_BTK`` (normed and
     rotated) is key and value at once, as are the entries. A query at position p of its document sees the last
     ``window`` tokens of the document and, of its entries, i < (p+1) div rate, or the ``selected_BTS`` ones among them
-    (row-local indices, -1 = none). The sink adds to the denominator and no value. The output is rotated back.
+    (row-local indices, -1 = none). The sink adds to the denominator and no value. The output is rotated back. Of a
+    part of a row (``RowPart``) ``kv_BTK`` has the tokens before it in front.
 
     Returns ``(out_BTHK, mass)``: mass is the probability on entries summed over heads, detached fp32, at the selected
     entries ``[B, T, S]`` or, without a selection, at all of them ``[B, T, C]``.
@@ -43,11 +44,10 @@ def shared_kv_attention(
     full, K, T = full_dtype(q_BTHK), q_BTHK.shape[-1], q_BTHK.shape[1]
     q = q_BTHK.to(full)
     q = rope(q * (q.square().mean(-1, keepdim=True) + eps).rsqrt(), cos_BTR[:, :, None], sin_BTR[:, :, None])
-    steps_T = torch.arange(T, device=q.device)
-    back_BTT = steps_T[:, None] - steps_T
-    seen = (
-        (back_BTT >= 0) & (back_BTT < window) & (geometry.start_BT[:, :, None] == geometry.start_BT[:, None])
-    )
+    at_T = torch.arange(T, device=q.device)
+    key_X = torch.arange(kv_BTK.shape[1], device=q.device) - geometry.before
+    back_TX = at_T[:, None] - key_X
+    seen = (back_TX >= 0) & (back_TX < window) & (key_X >= geometry.start_BT[:, :, None])
     keys = kv_BTK.to(full)
     if entries_BCK is not None:
         entries, C = geometry.entries(rate), entries_BCK.shape[1]
@@ -66,7 +66,7 @@ def shared_kv_attention(
     out = rope(torch.einsum("bthx,bxk->bthk", p_BTHX, keys), cos_BTR[:, :, None], -sin_BTR[:, :, None])
     mass = None
     if want_mass and entries_BCK is not None:
-        mass = p_BTHX[..., T:].sum(2).detach()
+        mass = p_BTHX[..., len(key_X) :].sum(2).detach()
         if selected_BTS is not None:
             mass = mass.gather(2, selected_BTS.clamp(min=0)) * (selected_BTS >= 0)
     return out.to(q_BTHK.dtype), mass

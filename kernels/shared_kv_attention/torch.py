@@ -28,7 +28,10 @@ class _Inputs:
         B, W, J, K = kv_BTK.shape[0], plan.block, plan.blocks, kv_BTK.shape[-1]
         self.S = S = plan.window + W
         padded = kv_BTK.new_zeros(B, plan.window + J * W, K, dtype=self.work)
-        padded[:, plan.window : plan.window + kv_BTK.shape[1]] = kv_BTK
+        # Of the keys before the first query, none beyond the window is seen.
+        self.unseen = max(0, plan.geometry.before - plan.window)
+        self.front = plan.window - plan.geometry.before + self.unseen
+        padded[:, self.front : plan.window + plan.geometry.T] = kv_BTK[:, self.unseen :]
         self.windows_BJSK = padded.as_strided((B, J, S, K), (padded.stride(0), W * K, K, 1))
         self.entries = None if entries_BCK is None else entries_BCK.to(self.work).reshape(-1, K)
         self.entry_count = 0 if entries_BCK is None else entries_BCK.shape[1]
@@ -107,7 +110,7 @@ class _Attention(torch.autograd.Function):
         out_BTHK, mass, W = torch.empty_like(q_BTHK), None, plan.block
         if want_mass:
             S = entries_BCK.shape[1] if selected_BTS is None else selected_BTS.shape[-1]
-            mass = torch.zeros(*kv_BTK.shape[:2], S, dtype=full_dtype(kv_BTK), device=kv_BTK.device)
+            mass = torch.zeros(*q_BTHK.shape[:2], S, dtype=full_dtype(kv_BTK), device=kv_BTK.device)
         for chunk in plan.chunks:
             angles = inputs.angles(chunk)
             slots, flat = inputs.slots(chunk) if chunk.entries else (None, None)
@@ -137,7 +140,7 @@ class _Attention(torch.autograd.Function):
         q_BTHK, kv_BTK, entries_BCK, sinks_H, cos, sin, selected_BTS = ctx.saved_tensors
         plan, W, K = ctx.plan, ctx.plan.block, kv_BTK.shape[-1]
         inputs = _Inputs(plan, kv_BTK, entries_BCK, sinks_H, cos, sin, selected_BTS, ctx.eps)
-        full, B, T, S = full_dtype(kv_BTK), *kv_BTK.shape[:2], inputs.S
+        full, B, T, S = full_dtype(kv_BTK), *q_BTHK.shape[:2], inputs.S
         d_q = torch.empty_like(q_BTHK)
         d_sinks = torch.zeros(sinks_H.shape, dtype=full, device=sinks_H.device)
         d_kv = torch.zeros(B, plan.window + plan.blocks * W, K, dtype=full, device=kv_BTK.device)
@@ -166,7 +169,8 @@ class _Attention(torch.autograd.Function):
                 d_entries.index_add_(0, flat.view(-1), d_keys[:, 1 + S :].reshape(-1, K).to(full))
             d_qn = rotate_(torch.bmm(d_s, keys).view(q.shape), *angles, inverse=True)
             plan.put(d_q, chunk, _norm_backward(d_qn, plan.take(q_BTHK, chunk).to(inputs.work), scale))
-        d_kv = d_kv[:, plan.window : plan.window + T].to(kv_BTK.dtype)
+        d_kv = d_kv[:, inputs.front : plan.window + T].to(kv_BTK.dtype)
+        d_kv = torch.nn.functional.pad(d_kv, (0, 0, inputs.unseen, 0)) if inputs.unseen else d_kv
         if d_entries is not None:
             d_entries = d_entries.view(entries_BCK.shape).to(entries_BCK.dtype)
         return d_q, d_kv, d_entries, d_sinks.to(sinks_H.dtype), None, None, None, None, None, None

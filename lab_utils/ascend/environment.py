@@ -64,7 +64,7 @@ def buffer_mb(recipe: Recipe) -> int | None:
         rows = recipe.layout(recipe.cluster.world_size)[1]
     except LabError:
         return None
-    return hccl_buffer(width, rows * recipe.data.row_tokens, recipe.model.dtype)
+    return hccl_buffer(width, rows * recipe.data.row_tokens // recipe.parallel.cp, recipe.model.dtype)
 
 
 def variables(recipe: Recipe, log_folder: str) -> list[Variable]:

@@ -45,6 +45,10 @@ class PackedRows:
         """Rows start … stop - 1."""
         return self._map(lambda tensor: tensor[start:stop])
 
+    def between(self, start: int, stop: int) -> PackedRows:
+        """Tokens start … stop - 1 of every row, without side tensors."""
+        return PackedRows(*(getattr(self, name)[:, start:stop] for name in OWN))
+
     def tensors(self) -> dict[str, Tensor]:
         """All tensors by name, side ones too: how rows travel where only tensors do."""
         own = {name: getattr(self, name) for name in OWN}

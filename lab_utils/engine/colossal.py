@@ -33,6 +33,8 @@ from lab_utils.engine.library import (
 from lab_utils.engine.placement import Sharding
 from lab_utils.engine.reduce import gather_objects
 from lab_utils.engine.zero import Groups, ZeroOptimizer
+from lab_utils.errors import RecipeError
+from lab_utils.models.context_parallel import ContextParallel
 from lab_utils.optim.dealing import even_shards
 from lab_utils.optim.groups import matrices
 from lab_utils.recipe import ParallelSection
@@ -57,7 +59,10 @@ class WholeModelPolicy(Policy):
 
 
 class LayoutPlugin(MoeHybridParallelPlugin):
-    """Data, expert and pipeline parallelism with ZeRO stage 0 or 1 on every device kind.
+    """Data, context, expert and pipeline parallelism with ZeRO stage 0 or 1 on every device kind.
+
+    Ranks that share a row are neighbours among the data-parallel ones: to weights, gradients and experts they are ranks
+    with different tokens, like all others.
 
     - Defect: ``precision="bf16"`` casts *all* parameters, buffers and float inputs of forward (the router's weight and
       bias, sinks, loss weights). The model comes with the dtypes it wants; the wrapper is told "fp32", which casts
@@ -71,11 +76,14 @@ class LayoutPlugin(MoeHybridParallelPlugin):
 
     Attributes:
         dp_rank, dp_size: this rank's place among those that see different tokens.
+        parts: among those that share rows; None where nobody does.
+        data_rank: the place of its rows in a batch, of ``dp_size / cp``.
     """
 
     def __init__(
         self,
         *,
+        cp: int,
         ep: int,
         pp: int,
         virtual_stages: int,
@@ -99,6 +107,8 @@ class LayoutPlugin(MoeHybridParallelPlugin):
         )
         self.bucket_elements, self.offload = bucket_elements, offload
         self.dp_rank = dist.get_rank(self.dp_group)
+        self.parts = ContextParallel.of(self._runs(False, cp)) if cp > 1 else None
+        self.data_rank = self.dp_rank // cp
         # Of parameters that the first and the last stage both hold: the ranks of both, None in the stages between.
         ends = [range(self.moe_dp_size), sorted({0, pp - 1}), range(ep)]
         axes = [self.moe_dp_axis, self.pp_axis, self.ep_axis]
@@ -116,6 +126,11 @@ class LayoutPlugin(MoeHybridParallelPlugin):
     @property
     def last_stage(self) -> bool:
         return self.stage_manager is None or self.stage_manager.is_last_stage(ignore_chunk=True)
+
+    @property
+    def tells_rows(self) -> bool:
+        """Whether this rank is the one to count its rows, of those that have them."""
+        return self.first_stage and (self.parts is None or self.parts.rank == 0)
 
     def run_pipeline(self, batch: dict[str, Any], model: Any, criterion: Any, optimizer: Any = None) -> None:
         """One global batch of this rank through the stages; without an optimizer, forward only.
@@ -150,12 +165,17 @@ class LayoutPlugin(MoeHybridParallelPlugin):
 
     def cut(self, model: torch.nn.Module) -> None:
         """Leave a model what this rank holds of it, as ``configure`` does; nothing is wrapped."""
+        self._share_rows(model)
         ShardFormer(self.shard_config).optimize(model, policy=policy_of(model))
 
     def configure(self, model, optimizer=None, criterion=None, dataloader=None, lr_scheduler=None):
         """``optimizer`` makes one. Defect: the parent takes an optimizer that was built on the whole model, and freezes
         what the policy replaces under it; here it is made when the model has been cut and filled.
+
+        Raises:
+            RecipeError: rows are cut over ranks, and the model can't work on a part of them.
         """
+        self._share_rows(model)
         wrapped = HybridParallelModule(
             model,
             precision="fp32",
@@ -179,6 +199,16 @@ class LayoutPlugin(MoeHybridParallelPlugin):
                 offload=self.offload,
             )
         return wrapped, optimizer, criterion, dataloader, lr_scheduler
+
+    def _share_rows(self, model: torch.nn.Module) -> None:
+        if self.parts is None:
+            return
+        if not hasattr(model, "parts"):
+            raise RecipeError(
+                f"parallel.cp={self.parts.ranks}: only DeepSeek-V4 models work on a part of a row, and this is a "
+                f"{type(model).__name__}: set parallel.cp to 1."
+            )
+        model.parts = self.parts
 
     def _shards_of_matrices(
         self, optimizer: torch.optim.Optimizer, model: torch.nn.Module
@@ -280,6 +310,7 @@ def leave() -> None:
 def plugin(parallel: ParallelSection, micro_rows: int, bucket_elements: int = 12 * 2**20) -> LayoutPlugin:
     """The layout of this job; made before the model, since a rank's place in it decides what data it reads."""
     return LayoutPlugin(
+        cp=parallel.cp,
         ep=parallel.ep,
         pp=parallel.pp,
         virtual_stages=parallel.virtual_stages,

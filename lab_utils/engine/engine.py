@@ -139,7 +139,7 @@ class Engine:
             self.recipe,
             self.accelerator,
             self.run_dir,
-            rank=self.layout.dp_rank,
+            rank=self.layout.data_rank,
             world=self.dp,
             device=self.device,
             source=source,
@@ -167,8 +167,8 @@ class Engine:
             self.feed.load_state_dict(self._before[1])  # as if the batch had not been drawn
             return []
         flops = self.parts.model.flops_per_token
-        # The ranks of a pipeline see the same rows: each counts its share of them.
-        share = 1.0 / self.layout.pp_size
+        # The ranks of a pipeline see the same rows, and those that share rows too: each counts its share of them.
+        share = 1.0 / (self.layout.pp_size * self.recipe.parallel.cp)
         self.local_flops = share * sum(flops(m.document_lengths()) * m.tokens for m in micro if m.tokens)
         self.local_positions = share * sum(m.input_ids.numel() for m in micro)
         return micro
@@ -191,8 +191,8 @@ class Engine:
             sum(m.tokens for m in micro),
             *auxiliary.values(),
         ]
-        # The other stages of a pipeline have the same rows.
-        own += counts if self.layout.first_stage else [0.0] * len(counts)
+        # The other stages of a pipeline, and who shares these rows, have the same ones.
+        own += counts if self.layout.tells_rows else [0.0] * len(counts)
         now, later, failed, count, tokens, *sums = all_reduce([float(value) for value in own], self.device)
         if failed:
             self.writer.finish()  # raises
@@ -328,6 +328,7 @@ class Engine:
             "layout": {
                 "world_size": self.world,
                 "dp": self.dp,
+                "cp": self.recipe.parallel.cp,
                 "ep": self.layout.ep_size,
                 "pp": self.layout.pp_size,
                 "zero": self.recipe.parallel.zero,

@@ -78,6 +78,7 @@ def _attempt(engine: Any, nodes: list[str]) -> dict[str, Any]:
         "environment": {key: value for key, value in sorted(os.environ.items()) if key.startswith(TOLD)},
         "layout": {
             "dp": engine.dp,
+            "cp": parallel.cp,
             "ep": engine.layout.ep_size,
             "pp": engine.layout.pp_size,
             "virtual_stages": parallel.virtual_stages,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from lab_utils.data.rows import PackedRows
 from lab_utils.models.base import RoutingRecord
+from lab_utils.models.context_parallel import ContextParallel
 from lab_utils.objectives._kept import policy_logps
 from lab_utils.telemetry.reductions import Mean, Metric, reduce_metrics
 
@@ -169,7 +170,10 @@ class Passes(Reader):
     def _objective(
         self, output: Any, rows: PackedRows, shares: Shares
     ) -> tuple[torch.Tensor, dict[str, Metric]]:
-        result = self.parts.objective(output.hidden_BTD, self.parts.model.head_weight, rows)
+        hidden_BTD = output.hidden_BTD
+        if self.layout.parts is not None:
+            hidden_BTD, rows = _own_run(hidden_BTD, rows, self.layout.parts)
+        result = self.parts.objective(hidden_BTD, self.parts.model.head_weight, rows)
         metrics: dict[str, Metric] = {"train/loss": Mean(result.loss.total.detach(), result.loss.count)}
         metrics |= {f"train/{leaf}": metric for leaf, metric in result.metrics.items()}
         metrics |= {key if "/" in key else f"train/{key}": metric for key, metric in output.metrics.items()}
@@ -190,6 +194,20 @@ class Passes(Reader):
         self._run(PackedRows.joined(micro), criterion, optimizer)
         for name, aux in stage.take():
             found.append({f"train/{name}": Mean(aux.total, aux.count)})
+
+
+def _own_run(
+    hidden_BTD: torch.Tensor, rows: PackedRows, parts: ContextParallel
+) -> tuple[torch.Tensor, PackedRows]:
+    """A rank's run of some rows as rows of their own, for an objective that is a sum over tokens.
+
+    The run's last state predicts the first token of the next: it comes along, with a state that predicts nothing.
+    """
+    T = hidden_BTD.shape[1]
+    start, last = parts.rank * T, parts.rank == parts.ranks - 1
+    if not last:
+        hidden_BTD = torch.nn.functional.pad(hidden_BTD, (0, 0, 0, 1))
+    return hidden_BTD, rows.between(start, start + T + (not last))
 
 
 def _inputs(rows: PackedRows) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-from lab_utils.engine import zero
+from lab_utils import collectives
 
 
 @contextmanager
@@ -24,8 +24,8 @@ def counted() -> Iterator[Counter]:
     patches = [
         (dist, "all_reduce", lambda t, *a, group=None, **k: 2 * t.nbytes * _others(group)),
         (dist, "all_to_all_single", _to_others),
-        (zero, "_all_gather", lambda out, own, group=None: own.nbytes * (_ranks(group) - 1)),
-        (zero, "_reduce_scatter", lambda own, whole, group=None: whole.nbytes * _others(group)),
+        (collectives, "all_gather", lambda out, own, group=None: own.nbytes * (_ranks(group) - 1)),
+        (collectives, "reduce_scatter", lambda own, whole, group=None: whole.nbytes * _others(group)),
         (dist, "batch_isend_irecv", lambda ops: sum(op.tensor.nbytes for op in ops if op.op is dist.isend)),
     ]
     before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]

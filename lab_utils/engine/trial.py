@@ -44,7 +44,7 @@ SMALL: dict[str, Any] = {
     "index_head_dim": 8,
     "index_topk": 16,  # every entry of these rows: among equal scores (relu gives many zeros) a layout would choose
 }
-TOKENS, DOCUMENTS, ROWS = 48, 2, 16  # of a row, in a row, in a step
+TOKENS, DOCUMENTS, ROWS = 64, 2, 16  # of a row, in a row, in a step
 
 
 def trial_recipe(source: str, changes: dict[str, Any]) -> Recipe:
@@ -71,8 +71,8 @@ def trial_recipe(source: str, changes: dict[str, Any]) -> Recipe:
 def passes(layout: dict[str, Any], ranks: int) -> dict[str, Any]:
     """The change of a recipe that gives a pipeline two micro-batches a stage: its schedule reaches the steady state,
     and no more is made of them, since calls cost most here."""
-    pp = layout.get("parallel.pp", 1)
-    return {"schedule.micro_rows": ROWS * pp // ranks // (2 * pp)} if pp > 1 else {}
+    pp, cp = layout.get("parallel.pp", 1), layout.get("parallel.cp", 1)
+    return {"schedule.micro_rows": ROWS * pp * cp // ranks // (2 * pp)} if pp > 1 else {}
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ from lab_utils.runs.directory import RunDirectory
 from lab_utils.telemetry.reductions import reduce_metrics
 
 # Largest relative error of a loss at any step, of a parameter at the end (gradients: of one batch), and of the indexer.
-TOLERANCES = {"float32": (2e-5, 1e-4, 2e-2), "bfloat16": (1e-2, None, None)}
+TOLERANCES = {"float32": (2e-5, 1e-4, 4e-2), "bfloat16": (1e-2, None, None)}
 
 
 def verify(options: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -136,7 +136,7 @@ def _one(recipe: Any, truth: Truth, folder: Path, accelerator: Any) -> dict[str,
 @torch.no_grad()
 def _evaluated(engine: Engine) -> float:
     """The objective's loss on batch 0, as the engine evaluates."""
-    rows = TrialRows(engine.layout.dp_rank, engine.dp).next_step().to(engine.device)
+    rows = TrialRows(engine.layout.data_rank, engine.dp).next_step().to(engine.device)
     engine.model.eval()
     pieces = [rows.slice(i, i + engine.micro_rows) for i in range(0, rows.rows, engine.micro_rows)]
     found = engine.passes.look(pieces)

@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lab_utils import collectives
 from lab_utils.engine.library import HybridParallelZeroOptimizer
 from lab_utils.engine.placement import Bucket, Place, Sharding, fill_buckets
 from lab_utils.engine.rows import Rows
 
 # torch 2.13 renamed these two; 2.12 knows only the old names.
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 @dataclass(frozen=True)
@@ -151,7 +150,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
                 continue
             if sharding.shards == sharding.ranks and dist.get_backend(sharding.reduce_group) != "gloo":
                 own = torch.empty_like(bucket.gradients[0])
-                _reduce_scatter(own, bucket.gradients.view(-1), group=sharding.reduce_group)
+                collectives.reduce_scatter(own, bucket.gradients.view(-1), group=sharding.reduce_group)
                 bucket.own_gradients.copy_(own)
             else:  # gloo reduces and scatters no faster than it reduces
                 dist.all_reduce(bucket.gradients, group=sharding.reduce_group)
@@ -224,7 +223,7 @@ class ZeroOptimizer(HybridParallelZeroOptimizer):
             rows = own[None]
         else:
             rows = own.new_empty(bucket.sharding.shards, bucket.width)
-            _all_gather(rows.view(-1), own, group=bucket.sharding.shard_group)
+            collectives.all_gather(rows.view(-1), own, group=bucket.sharding.shard_group)
         for place in bucket.places:
             yield place, rows
 

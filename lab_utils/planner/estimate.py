@@ -133,7 +133,7 @@ def knobs(recipe: Recipe, found: Estimate) -> list[str]:
     if found.fits is not False:
         return []
     parallel, advice = recipe.parallel, []
-    dp, _, _ = recipe.layout()
+    dp = recipe.layout()[0] * parallel.cp
     if not parallel.zero and dp > 1:
         advice.append(f"parallel.zero=1 cuts the optimizer's state into {dp}.")
     if not parallel.offload and found.device != "cpu":
@@ -152,7 +152,8 @@ def _state_bytes(recipe: Recipe, parts: dict[str, int]) -> tuple[float, float, f
     Layers are taken to be cut evenly by pp; embedding and head lie on different stages. Gradients are fp32. AdamW keeps
     two fp32 moments, Muon one of its matrices, both an fp32 master copy below fp32.
     """
-    parallel, (dp, _, _) = recipe.parallel, recipe.layout()
+    parallel = recipe.parallel
+    dp = recipe.layout()[0] * parallel.cp
     ends = [parts.get("embedding", 0), parts.get("head", 0)]
     experts = parts.get("routed experts", 0)
     layers = sum(parts.values()) - sum(ends) - experts

@@ -23,7 +23,9 @@ def width(dtype: str) -> int:
 
 
 @cache
-def block(n: Numbers, kind: str, hashed: bool, model: ModelSection, row_tokens: int, ep: int) -> Kept:
+def block(
+    n: Numbers, kind: str, hashed: bool, model: ModelSection, row_tokens: int, ep: int, cp: int = 1
+) -> Kept:
     """Kept by one block: ``streams`` (hyper-connections), ``block`` (inputs and outputs of its two halves),
     ``attention``, ``indexer``, ``experts``."""
     w, D, S = width(model.dtype), n.hidden_size, n.hc_mult
@@ -40,8 +42,8 @@ def block(n: Numbers, kind: str, hashed: bool, model: ModelSection, row_tokens: 
     }
     if again != "attention":
         found |= {
-            "attention": _attention(n, kind, row_tokens, w),
-            "indexer": _indexer(n, kind, model, row_tokens, w),
+            "attention": _attention(n, kind, row_tokens, cp, w),
+            "indexer": _indexer(n, kind, model, row_tokens, cp, w),
         }
     return found
 
@@ -52,14 +54,14 @@ def _mixing(n: Numbers) -> float:
     return 4.0 * (S * (S + 2) + 1 + 2 * S * S + S + (2 * n.hc_sinkhorn_iters - 1) * S)
 
 
-def _attention(n: Numbers, kind: str, T: int, w: int) -> float:
+def _attention(n: Numbers, kind: str, T: int, cp: int, w: int) -> float:
     HK, K, q = n.num_attention_heads * n.head_dim, n.head_dim, n.q_lora_rank
     # Queries before their norm, output, the low ranks on both sides of their norm, key-value on both sides of its own.
     kept = (2 * HK + 2 * q + 2 * K + n.o_groups * n.o_lora_rank) * w + 8.0
     if kind == WINDOW_ONLY:
         return kept
     m = n.compress_rates[kind]
-    kept += _pool(K, m, kind == CSA, w)
+    kept += _pool(K, m, kind == CSA, w) + _of_row(K, m, cp, w)
     if kind == CSA and T // m > n.index_topk:
         kept += 8.0 * n.index_topk  # the entries selected, int64
     return kept
@@ -70,12 +72,17 @@ def _pool(K: int, m: int, overlap: bool, w: int) -> float:
     return 2 * K * (2 if overlap else 1) * w + K / m * (4 + 2 * w)
 
 
-def _indexer(n: Numbers, kind: str, model: ModelSection, T: int, w: int) -> float:
+def _of_row(K: int, m: int, cp: int, w: int) -> float:
+    """Entries of the whole row, where a rank pools only its own."""
+    return cp * K / m * w if cp > 1 else 0.0
+
+
+def _indexer(n: Numbers, kind: str, model: ModelSection, T: int, cp: int, w: int) -> float:
     """Its gradients are made in the forward pass: of queries, keys and head weights."""
     if kind != CSA or not model.indexer_loss or n.compress_csa > T:
         return 0.0
     Hi, Ki, m = n.index_n_heads, n.index_head_dim, n.compress_csa
-    return _pool(Ki, m, True, w) + Hi * Ki * w + Ki / m * w + 4.0 * Hi
+    return _pool(Ki, m, True, w) + Hi * Ki * w + cp * Ki / m * w + 4.0 * Hi
 
 
 def _experts(n: Numbers, w: int, ep: int) -> float:
@@ -98,12 +105,12 @@ def positions(n: Numbers) -> float:
     return 4.0 * (n.sliding_window + W) + 4 * 4.0 * (n.head_dim // 8) + 400.0
 
 
-def ends(n: Numbers, model: ModelSection, mtp: bool, row_tokens: int, ep: int) -> Kept:
+def ends(n: Numbers, model: ModelSection, mtp: bool, row_tokens: int, ep: int, cp: int = 1) -> Kept:
     """Kept behind the last layer: the streams' last collapse, norm and head; the block of multi-token prediction."""
     w, D, S = width(model.dtype), n.hidden_size, n.hc_mult
     found = {"head": (S + 3) * D * w + 64.0}
     if mtp:
-        own = block(n, WINDOW_ONLY, False, model, row_tokens, ep)
+        own = block(n, WINDOW_ONLY, False, model, row_tokens, ep, cp)
         # Embeddings before and after their norm, streams before theirs and after it, the collapse, the hidden states.
         entry = (1 + S) * D * w if model.checkpointing == "full" else (2 + S) * D * w
         depths = n.num_nextn_predict_layers
@@ -119,7 +126,9 @@ def exchange(n: Numbers, dtype: str, ep: int) -> float:
     return 3.0 * n.num_experts_per_tok * n.hidden_size * width(dtype) if ep > 1 else 0.0
 
 
-def backward(n: Numbers, kind: str, model: ModelSection, row_tokens: int, tokens: int, ep: int) -> float:
+def backward(
+    n: Numbers, kind: str, model: ModelSection, row_tokens: int, tokens: int, ep: int, cp: int = 1
+) -> float:
     """Bytes of the largest working set of a block's backward pass over so many tokens, the all-to-all apart.
 
     What is made again stands beside it: all of the block under ``full``, attention under ``attention``.
@@ -127,7 +136,7 @@ def backward(n: Numbers, kind: str, model: ModelSection, row_tokens: int, tokens
     w, D, S, k = width(model.dtype), n.hidden_size, n.hc_mult, n.num_experts_per_tok
     F, HK = n.moe_intermediate_size, n.num_attention_heads * n.head_dim
     none = model.model_copy(update={"checkpointing": "none"})
-    whole = block(n, kind, False, none, row_tokens, ep)
+    whole = block(n, kind, False, none, row_tokens, ep, cp)
     again = "none" if model.indexer_phase == "warmup" else model.checkpointing
     made = sum(whole.values()) - S * D * w if again == "full" else 0.0
     attention_made = whole["attention"] + whole["indexer"] if again == "attention" else 0.0
@@ -138,6 +147,10 @@ def backward(n: Numbers, kind: str, model: ModelSection, row_tokens: int, tokens
     experts = streams + k * max(D + 8 * F, 2 * D + 4 * F) * w
     expert_weights = n.n_routed_experts // ep * 3 * D * F * w
     attention = streams + attention_made + 3.0 * HK * w
+    if (
+        cp > 1 and kind != WINDOW_ONLY
+    ):  # gradients of the row's entries, and what is summed of them over its ranks
+        attention += cp * n.head_dim / n.compress_rates[kind] * (4 + 2 * w)
     attention_weights = HK * (n.q_lora_rank + n.o_lora_rank) * w
     sets = (tokens * experts + expert_weights, tokens * mixing, tokens * attention + attention_weights)
     return tokens * made + max(sets)

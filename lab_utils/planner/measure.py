@@ -211,10 +211,11 @@ def _two() -> dict[str, Any]:
     import torch
     import torch.distributed as dist
 
+    from lab_utils.collectives import all_gather
+
     dist.init_process_group("gloo")
     own, all_of_it = torch.zeros(4 << 20), torch.empty(8 << 20)
-    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    message = _steady(lambda: gather(all_of_it, own), float(own.nbytes))
+    message = _steady(lambda: all_gather(all_of_it, own), float(own.nbytes))
     one = torch.zeros(1)
     latency = 1.0 / _steady(lambda: dist.all_reduce(one), 1.0)
     rank = dist.get_rank()

@@ -124,7 +124,8 @@ def _stage(
     persistent, host = _persistent(recipe, state, assumed)
     persistent["weights"] += sum(kept.buffers(n, hashed) for _, hashed in _kinds(n, stage))
     flying = placed.in_flight(stage.index)
-    by = _activations(n, model, placed.row_tokens, placed.ep, _kinds(n, stage), stage.last, placed.mtp)
+    kinds = _kinds(n, stage)
+    by = _activations(n, model, placed.row_tokens, placed.ep, placed.cp, kinds, stage.last, placed.mtp)
     share = {name: flying * tokens * a_token for name, a_token in by.items()}
     streams = 0.0
     if placed.pp > 1:
@@ -188,6 +189,7 @@ def _activations(
     model: ModelSection,
     row_tokens: int,
     ep: int,
+    cp: int,
     kinds: tuple[tuple[str, bool], ...],
     last: bool,
     mtp: bool,
@@ -195,10 +197,10 @@ def _activations(
     """Bytes a token of one micro-batch in all layers of a stage, by what they are of."""
     found = {"positions": kept.positions(n)}
     for kind, hashed in kinds:
-        for name, value in kept.block(n, kind, hashed, model, row_tokens, ep).items():
+        for name, value in kept.block(n, kind, hashed, model, row_tokens, ep, cp).items():
             found[name] = found.get(name, 0.0) + value
     if last:
-        found |= kept.ends(n, model, mtp, row_tokens, ep)
+        found |= kept.ends(n, model, mtp, row_tokens, ep, cp)
     return found
 
 
@@ -214,7 +216,8 @@ def _temporary(recipe: Recipe, placed: Placed, stage: Stage, rows: float, on_cpu
     """The largest working set of a backward pass through this stage, beside the all-to-all's ``rows``."""
     n, model, tokens = placed.numbers, recipe.model, placed.micro_tokens
     kinds = {kind for kind, _ in _kinds(n, stage)}
-    found = [kept.backward(n, kind, model, placed.row_tokens, tokens, placed.ep) for kind in kinds]
+    T, ep, cp = placed.row_tokens, placed.ep, placed.cp
+    found = [kept.backward(n, kind, model, T, tokens, ep, cp) for kind in kinds]
     if stage.last and recipe.objective.kind != "reward":
         found.append(
             kept.head(n, tokens, kept.width(model.dtype), placed.mtp, on_cpu) - rows
@@ -262,16 +265,18 @@ def hccl_buffer(hidden_size: int, micro_tokens: int, dtype: str) -> int:
 
 
 def communicators(placed: Placed, stage: Stage) -> float:
-    """Groups of more than one rank that a rank of this stage sends through: the world, data, experts, their replicas,
-    the pipeline and its two neighbours, the embedding of both ends, the limited groups of whole matrices."""
+    """Groups of more than one rank that a rank of this stage sends through: the world, data, shared rows, experts,
+    their replicas, the pipeline and its two neighbours, the embedding of both ends, the limited groups of whole
+    matrices."""
     found = [
         placed.ranks > 1,
-        placed.dp > 1,
+        placed.data_ranks > 1,
+        placed.cp > 1,
         placed.ep > 1,
         placed.moe_dp > 1 and placed.ep > 1,
         placed.pp > 1,
     ]
     found.append(placed.mtp and placed.pp > 1 and (stage.first or stage.last))
-    found.append(placed.dp > 1)
+    found.append(placed.data_ranks > 1)
     # Neighbours in the pipeline have communicators of a tenth of the size (P2P_HCCL_BUFFSIZE).
     return sum(found) + (0 if placed.pp == 1 else 0.2)

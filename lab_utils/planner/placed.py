@@ -11,7 +11,7 @@ from functools import cache, cached_property
 from itertools import pairwise
 
 from lab_utils.errors import LayoutError
-from lab_utils.models.deepseek_v4.counting import split_layers
+from lab_utils.models.deepseek_v4.counting import check_parts, split_layers
 from lab_utils.planner.numbers import Numbers, numbers
 from lab_utils.recipe import Recipe
 
@@ -35,6 +35,7 @@ class Placed:
     """A recipe on ranks.
 
     Attributes:
+        dp: ranks with rows of their own; ``data_ranks``: with tokens of their own, over which state is cut.
         passes: micro-batches of a rank in a step; ``micro_tokens``: tokens of each.
         mtp: whether multi-token prediction is trained; its block stands on the last stage.
     """
@@ -42,6 +43,7 @@ class Placed:
     numbers: Numbers
     ranks: int
     dp: int
+    cp: int
     ep: int
     pp: int
     virtual_stages: int
@@ -53,21 +55,26 @@ class Placed:
 
     @property
     def moe_dp(self) -> int:
-        return self.dp // self.ep
+        return self.data_ranks // self.ep
+
+    @property
+    def data_ranks(self) -> int:
+        return self.dp * self.cp
 
     @property
     def micro_tokens(self) -> int:
-        return self.micro_rows * self.row_tokens
+        return self.micro_rows * self.row_tokens // self.cp
 
     @property
     def tokens(self) -> int:
         """Of a step, over all ranks."""
-        return self.dp * self.passes * self.micro_tokens
+        return self.data_ranks * self.passes * self.micro_tokens
 
     def as_dict(self) -> dict[str, int]:
         return {
             "ranks": self.ranks,
             "dp": self.dp,
+            "cp": self.cp,
             "ep": self.ep,
             "pp": self.pp,
             "virtual_stages": self.virtual_stages,
@@ -106,6 +113,7 @@ def place(recipe: Recipe, ranks: int | None = None) -> Placed:
             f"parallel.ep={parallel.ep} does not divide the model's {n.n_routed_experts} experts: use a divisor of "
             f"{n.n_routed_experts}."
         )
+    check_parts(n, recipe.data.row_tokens, parallel.cp)
     mtp = recipe.model.mtp_loss > 0 and n.num_nextn_predict_layers > 0
     trained_mtp = mtp and recipe.model.indexer_phase != "warmup"
     stages = deal_layers(n, parallel.pp, parallel.virtual_stages, trained_mtp)
@@ -113,6 +121,7 @@ def place(recipe: Recipe, ranks: int | None = None) -> Placed:
         numbers=n,
         ranks=ranks,
         dp=dp,
+        cp=parallel.cp,
         ep=parallel.ep,
         pp=parallel.pp,
         virtual_stages=parallel.virtual_stages,

@@ -82,7 +82,7 @@ def largest_context(
 ) -> tuple[int, Plan | None]:
     """The longest row, doubled from the recipe's own, for which a layout fits at the recipe's batch; 0 if none does.
 
-    A row is never cut over ranks (context parallelism isn't offered), so a longer one needs a larger micro-batch.
+    Longer rows are cut over more ranks (``parallel.cp``), as the search finds it best.
     """
     where, longest, kept = find(cluster), 0, None
     tokens, most = recipe.data.row_tokens, numbers(recipe.model.source).max_position_embeddings
@@ -121,12 +121,12 @@ def crossings(placed: Placed, cluster: Cluster) -> list[str]:
             f"pipelines of {placed.pp} stages take {block} devices and {plane.devices} are together: some stages hand "
             f"their streams on over {outer}."
         )
-    if placed.dp > 1:
-        inside = data_group(placed, placed.dp).inside(plane)
-        if inside < placed.dp:
+    if placed.data_ranks > 1:
+        inside = data_group(placed, placed.data_ranks).inside(plane)
+        if inside < placed.data_ranks:
             found.append(
-                f"gradients are summed over {placed.dp} ranks, {inside} of them in a domain: the rest of the sum goes "
-                f"over {outer}, once a step."
+                f"gradients are summed over {placed.data_ranks} ranks, {inside} of them in a domain: the rest of the "
+                f"sum goes over {outer}, once a step."
             )
     if placed.moe_dp > 1:
         replicas = Group(placed.moe_dp, block, 1, placed.ranks)

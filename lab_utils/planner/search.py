@@ -1,7 +1,7 @@
 """Every layout that the engine would take, with its memory and its step: the best, and those that nothing beats.
 
 A layout is valid if ``Recipe.layout`` and the engine's own rules say so (``placed.place``), and fits if its fullest
-stage does. Tried are ep, pp, virtual stages, micro-batch, checkpointing and offload; dp follows.
+stage does. Tried are cp, ep, pp, virtual stages, micro-batch, checkpointing and offload; dp follows.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from lab_utils.errors import LayoutError
@@ -25,6 +26,9 @@ from lab_utils.recipe import ParallelSection, Recipe
 KINDS = ("none", "mhc", "attention", "full")  # what is made again, the least first
 VIRTUAL = (1, 2, 3, 4)
 MICRO_ROWS = (1, 2, 4, 8)
+SHORTEST = (
+    2048  # tokens of a run of a row: of shorter ones the measured rates of products and exchanges say little
+)
 REFUSED_KEPT = 200  # of layouts that don't fit, the nearest
 
 
@@ -71,7 +75,8 @@ class Candidate:
         virtual = f" v{p.virtual_stages}" if p.virtual_stages > 1 else ""
         off = " offload" if self.recipe.parallel.offload else ""
         rows = f" rows{p.micro_rows}" if p.micro_rows > 1 else ""
-        return f"dp{p.dp} ep{p.ep} pp{p.pp}{virtual}{rows} {self.recipe.model.checkpointing}{off}"
+        runs = f" cp{p.cp}" if p.cp > 1 else ""
+        return f"dp{p.dp}{runs} ep{p.ep} pp{p.pp}{virtual}{rows} {self.recipe.model.checkpointing}{off}"
 
     def as_dict(self) -> dict[str, Any]:
         """As ``lab plan --json`` has it."""
@@ -213,9 +218,19 @@ def _degrees(recipe: Recipe, cluster: Cluster, ranks: int, offload: bool | None)
             for v in VIRTUAL if pp > 1 else (1,):
                 if pp * v > n.num_hidden_layers:
                     break
-                for off in offs:
-                    changes = {"dp": None, "pp": pp, "ep": ep, "virtual_stages": v, "offload": off}
+                for cp, off in product(_cuts(recipe, dp), offs):
+                    changes = {"dp": None, "cp": cp, "pp": pp, "ep": ep, "virtual_stages": v, "offload": off}
                     yield recipe.parallel.model_copy(update=changes)
+
+
+def _cuts(recipe: Recipe, data_ranks: int) -> list[int]:
+    """Over how many ranks a row may be cut: powers of two that leave runs long enough."""
+    found, T = [1], recipe.data.row_tokens
+    if recipe.objective.kind != "sft":
+        return found
+    while data_ranks % (2 * found[-1]) == 0 and T // (2 * found[-1]) >= SHORTEST:
+        found.append(2 * found[-1])
+    return found
 
 
 def _floor(recipe: Recipe, parallel: ParallelSection) -> float:

@@ -66,7 +66,7 @@ def state_of(placed: Placed, stage: int, *, muon: bool, zero: int, scored: bool 
     shards = _shards_of_matrices(placed, scored) if muon and zero else (1, 1)
     both_ends = placed.mtp and placed.pp > 1 and (where.first or where.last)
     held = _Held(placed.numbers, kinds, placed.ep, where.first, where.last, placed.mtp, scored)
-    return _state(held, placed.dp, placed.moe_dp, muon, bool(zero), shards, both_ends)
+    return _state(held, placed.data_ranks, placed.moe_dp, muon, bool(zero), shards, both_ends)
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,8 @@ def _stage_sizes(held: _Held) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 def _shards_of_matrices(placed: Placed, scored: bool) -> tuple[int, int]:
     """Over how many ranks Muon's matrices are dealt out, the same in all stages."""
-    return _shards(placed.numbers, placed.stages, placed.ep, placed.mtp, scored, placed.dp, placed.moe_dp)
+    data_ranks, moe_dp = placed.data_ranks, placed.moe_dp
+    return _shards(placed.numbers, placed.stages, placed.ep, placed.mtp, scored, data_ranks, moe_dp)
 
 
 @cache

@@ -9,6 +9,7 @@ The slowest stage sets the pace of a pipeline: its own terms, times the micro-ba
     recompute                                              what checkpointing makes again
     accumulate                                             gradients added to fp32 buffers, once a micro-batch
     all_to_all host_waits                                  experts, as far as nothing hides them
+    context                                                of ranks that share rows
     messages bubble                                        of the pipeline
     gradient_sum norm optimizer gather                     once a step
     data checkpoint
@@ -22,9 +23,9 @@ from typing import TYPE_CHECKING
 from lab_utils.models.deepseek_v4.counting import WINDOW_ONLY, training_flops
 from lab_utils.planner import kept, work
 from lab_utils.planner.assumptions import Assumptions
-from lab_utils.planner.network import Group, all_to_all, message
+from lab_utils.planner.network import Group, all_to_all, message, ring
 from lab_utils.planner.placed import Placed, Stage, place
-from lab_utils.planner.update import alike_key, once, state_in
+from lab_utils.planner.update import alike_key, data_group, once, state_in
 from lab_utils.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ GROUPS = {
     "accumulate": "gradients into fp32 buffers",
     "all_to_all": "all-to-all",
     "host_waits": "waits for the host",
+    "context": "exchange within rows",
     "messages": "pipeline messages",
     "bubble": "pipeline bubble",
     "gradient_sum": "gradient sum",
@@ -49,7 +51,16 @@ GROUPS = {
     "data": "data",
     "checkpoint": "checkpoint stall",
 }
-FUSED_BACKWARD = ("products", "attention", "indexer", work.HYPER, "memory", "all_to_all", "host_waits")
+FUSED_BACKWARD = (
+    "products",
+    "attention",
+    "indexer",
+    work.HYPER,
+    "memory",
+    "all_to_all",
+    "host_waits",
+    "context",
+)
 
 
 @dataclass(frozen=True)
@@ -203,6 +214,7 @@ def _micro_batch(
         "indexer_loss": model.indexer_loss > 0,
         "warmup": model.indexer_phase == "warmup",
         "fused": assumed.kernels == "fused",
+        "cp": placed.cp,
     }
     terms = dict.fromkeys(GROUPS, 0.0)
     parts: dict[str, float] = {}
@@ -287,6 +299,8 @@ def seconds(
         travel = (own.exchanges * one_way - beside) * (1 - assumed.hidden_exchange)
         forward["all_to_all"] = backward["all_to_all"] = travel
         forward["host_waits"] = rates.cluster.host_wait_us.of(_other(assumed.case)) * 1e-6
+    if own.before:
+        forward["context"], backward["context"] = within_rows(own, placed, rates)
     terms = {name: forward[name] + backward[name] for name in forward}
     if again == "full":
         terms["recompute"] = sum(forward.values())
@@ -296,6 +310,14 @@ def seconds(
     elif again == "mhc":
         terms["recompute"] = 2.0 * forward[work.HYPER]  # the way in twice, the way out to between
     return terms, parts
+
+
+def within_rows(own: work.Work, placed: Placed, rates: Rates) -> tuple[float, float]:
+    """Seconds of what the ranks that share a row tell one another, forward and backward."""
+    sharers, cluster, case = data_group(placed, placed.cp), rates.cluster, rates.assumed.case
+    ahead = message(cluster, sharers, own.before, case)
+    forward, backward = (ring(cluster, sharers, each, case) for each in (own.entries, own.entries_backward))
+    return ahead + forward, ahead + backward
 
 
 def _other(case: str) -> str:

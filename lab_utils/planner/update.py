@@ -100,7 +100,7 @@ def stall(recipe: Recipe, placed: Placed, rates: Rates) -> float:
         state = state_in(recipe, placed, stage)
         states = 8.0 * state.own_muon + 12.0 * state.own_adamw
         weights = kept.width(recipe.model.dtype) * (
-            state.experts / max(1, placed.moe_dp) + state.dense / placed.dp
+            state.experts / max(1, placed.moe_dp) + state.dense / placed.data_ranks
         )
         seconds_ = (states + weights) / (cluster.host.gb_s.value * 1e9)
         if not recipe.schedule.async_save:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from math import ceil
 
-from lab_utils.models.deepseek_v4.counting import CSA, HCA, WINDOW_ONLY, _entry_keys, _window_keys
+from lab_utils.models.deepseek_v4.counting import CSA, HCA, WINDOW_ONLY, _entry_keys, _window_keys, reach
 from lab_utils.planner.kept import CHUNK
 from lab_utils.planner.numbers import Numbers
 
@@ -51,6 +51,8 @@ class Work:
         moved, moved_backward: bytes through memory by part.
         sent: bytes of one all-to-all; ``exchanges`` of them in a forward pass, as many in a backward one.
         shared_beside: the shared expert runs while the first all-to-all travels.
+        before: bytes of the tokens before a run, where a row is cut over ranks; ``entries``, ``entries_backward``: of
+            the whole row's entries, and of their gradients in fp32.
     """
 
     products: tuple[Product, ...]
@@ -62,15 +64,29 @@ class Work:
     sent: float = 0.0
     exchanges: int = 2
     shared_beside: bool = True
+    before: float = 0.0
+    entries: float = 0.0
+    entries_backward: float = 0.0
 
 
 @cache
 def layer(
-    n: Numbers, kind: str, T: int, N: int, ep: int, w: int, *, indexer_loss: bool, warmup: bool, fused: bool
+    n: Numbers,
+    kind: str,
+    T: int,
+    N: int,
+    ep: int,
+    w: int,
+    *,
+    indexer_loss: bool,
+    warmup: bool,
+    fused: bool,
+    cp: int = 1,
 ) -> Work:
     """A block on documents as long as the row.
 
     Args:
+        cp: ranks that share a row. Counted is the one with its end, whose queries see most: the others wait for it.
         fused: attention, hyper-connections and SwiGLU as one operator each; else the plain ones of ``kernels``.
     """
     D, H, K, q, F, k = (
@@ -100,7 +116,7 @@ def layer(
         m, inner = n.compress_rates[kind], K * (2 if kind == CSA else 1)
         products += [Product("attention", N, D, inner, groups=2, backward=trained)]
         topk = T // m if kind == HCA or warmup else n.index_topk
-        keys += _entry_keys(T, m, topk)
+        keys += _last_keys(T, m, topk, cp)
     if kind == CSA:
         indexed = indexer_loss or (n.index_topk < T // n.compress_csa and not warmup)
     if indexed:
@@ -110,7 +126,7 @@ def layer(
             Product("indexer", N, q, Hi * Ki, backward=index),
             Product("indexer", N, D, Hi, backward=index),
         ]
-        once = 2.0 * N * Hi * Ki * _entry_keys(T, m, T // m)
+        once = 2.0 * N * Hi * Ki * _last_keys(T, m, T // m, cp)
         selects = n.index_topk < T // m and not warmup
         scores = once * (
             int(selects) + (3 if indexer_loss else 0)
@@ -127,7 +143,27 @@ def layer(
         moved=moved,
         moved_backward={name: 0.0 for name in moved_backward} if warmup else moved_backward,
         sent=float(k * N * D * w) * (ep - 1) / ep,
+        **_of_others(n, kind, N, w, cp, indexed),
     )
+
+
+def _last_keys(T: int, m: int, most: int, cp: int) -> float:
+    """Mean number of entries that a query in the last of ``cp`` runs of a row compares."""
+    before = T - T // cp
+    rest = before * _entry_keys(before, m, most) if before else 0.0
+    return (T * _entry_keys(T, m, most) - rest) / (T - before)
+
+
+def _of_others(n: Numbers, kind: str, N: int, w: int, cp: int, indexed: bool) -> dict[str, float]:
+    """Bytes that a rank gets of those that share its rows."""
+    if cp == 1:
+        return {}
+    entries = 0.0
+    if kind != WINDOW_ONLY:
+        width = n.head_dim + (n.index_head_dim if indexed else 0)
+        entries = float(cp * N / n.compress_rates[kind] * width)
+    before = float(reach(n) * n.hidden_size * w)
+    return {"before": before, "entries": w * entries, "entries_backward": 4 * entries}
 
 
 def _plain_keys(n: Numbers, kind: str, T: int) -> float:

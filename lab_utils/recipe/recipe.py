@@ -93,6 +93,15 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _a_cut_row_has_a_loss_a_token(self) -> Recipe:
+        if self.parallel.cp > 1 and self.objective.kind != "sft":
+            raise ValueError(
+                f"parallel.cp={self.parallel.cp} cuts rows over ranks, and objective.kind={self.objective.kind} "
+                "compares whole answers: set parallel.cp to 1 (it goes with objective.kind=sft)"
+            )
+        return self
+
     # -- construction -----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -193,7 +202,7 @@ class Recipe(Section):
         return self.schedule.batch_tokens // self.data.row_tokens
 
     def layout(self, world_size: int | None = None) -> tuple[int, int, int]:
-        """``(dp, micro_rows, accumulation)`` for a number of ranks.
+        """``(dp, micro_rows, accumulation)`` for a number of ranks; dp counts those with rows of their own.
 
         Raises:
             LayoutError: ranks, batch and rows do not divide; the message names the knob.
@@ -210,26 +219,38 @@ class Recipe(Section):
                 f"parallel.virtual_stages={parallel.virtual_stages} needs a pipeline: set parallel.pp to 2 or more, or "
                 f"virtual_stages to 1."
             )
-        dp = parallel.dp or world // parallel.pp
+        stages = parallel.pp * parallel.cp
+        if world % stages:
+            raise LayoutError(
+                f"parallel.cp={parallel.cp} does not divide the {world // parallel.pp} ranks of a stage: set it to a "
+                f"divisor, or change cluster.nproc."
+            )
+        if T % parallel.cp:
+            raise LayoutError(
+                f"parallel.cp={parallel.cp} does not divide data.row_tokens={T}: its ranks have runs of equal length."
+            )
+        dp = parallel.dp or world // stages
         if self.schedule.batch_tokens % T or rows == 0:
             raise LayoutError(
                 f"schedule.batch_tokens={self.schedule.batch_tokens} is not a multiple of data.row_tokens={T}: "
                 f"use {max(1, round(self.schedule.batch_tokens / T)) * T}."
             )
-        if dp * parallel.pp != world:
-            stages = f" of {parallel.pp} stages" if parallel.pp > 1 else ""
+        if dp * stages != world:
+            each = f" of {parallel.pp} stages" if parallel.pp > 1 else ""
+            each += f" with rows cut by {parallel.cp}" if parallel.cp > 1 else ""
             raise LayoutError(
-                f"parallel.dp={dp}{stages} does not match {world} ranks: set parallel.dp={world // parallel.pp} or "
-                f"cluster.nproc={dp * parallel.pp}."
+                f"parallel.dp={dp}{each} does not match {world} ranks: set parallel.dp={world // stages} or "
+                f"cluster.nproc={dp * stages}."
             )
-        if dp % self.parallel.ep:
+        if dp * parallel.cp % parallel.ep:
             raise LayoutError(
-                f"parallel.ep={self.parallel.ep} does not divide the {dp} data-parallel ranks: "
-                f"set it to a divisor of {dp}, or change cluster.nproc."
+                f"parallel.ep={parallel.ep} does not divide the {dp * parallel.cp} data-parallel ranks: "
+                f"set it to a divisor of {dp * parallel.cp}, or change cluster.nproc."
             )
         if rows % dp:
+            sharers = f"{dp} ranks" if parallel.cp == 1 else f"{dp} groups of {parallel.cp} ranks"
             raise LayoutError(
-                f"A batch of {rows} rows ({self.schedule.batch_tokens} tokens) cannot be shared evenly by {dp} ranks: "
+                f"A batch of {rows} rows ({self.schedule.batch_tokens} tokens) cannot be shared evenly by {sharers}: "
                 f"set schedule.batch_tokens to a multiple of {dp * T}, or change cluster.nproc."
             )
         # A pipeline wants many micro-batches, one row each where nothing is said; else one pass is the fastest.

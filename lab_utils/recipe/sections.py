@@ -108,9 +108,19 @@ class OptimSection(Section):
 
 
 class ParallelSection(Section):
-    dp: int | None = Field(None, ge=1, description="Data-parallel degree; absent: every rank.")
+    dp: int | None = Field(
+        None, ge=1, description="Data-parallel degree: ranks with rows of their own; absent: every rank."
+    )
+    cp: int = Field(
+        1,
+        ge=1,
+        description="Context-parallel degree: so many ranks share a row, each with a run of its tokens; for rows too "
+        "long for one device (objective.kind=sft).",
+    )
     ep: int = Field(
-        1, ge=1, description="Expert-parallel degree, a divisor of dp: so many ranks share a layer's experts."
+        1,
+        ge=1,
+        description="Expert-parallel degree, a divisor of dp x cp: so many ranks share a layer's experts.",
     )
     pp: int = Field(
         1, ge=1, description="Pipeline stages; the batch of a rank goes through them in micro-batches."
@@ -119,7 +129,7 @@ class ParallelSection(Section):
         1, ge=1, description="Runs of layers that each pipeline rank holds (interleaved schedule); 1 = 1F1B."
     )
     zero: Literal[0, 1] = Field(
-        1, description="ZeRO stage: 1 shards optimizer state and master weights over dp."
+        1, description="ZeRO stage: 1 shards optimizer state and master weights over dp x cp."
     )
     offload: bool = Field(
         False, description="Keep master weights and optimizer state in host memory, and update them there."

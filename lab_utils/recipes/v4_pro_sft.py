@@ -25,9 +25,9 @@ def recipe() -> Recipe:
         data=DataSection(train=(DataSource(manifest="tulu-3-sft-mixture"),), row_tokens=4096),
         # TR §4.2.2, but for the rate: none is published for fine-tuning; others' trials take 1e-5.
         optim=OptimSection(kind="muon", lr=1e-5, eps=1e-20, weight_decay=0.1),
-        # Of the fastest that lab plan v4_pro_sft --cluster ascend-910c finds, alike to 3 %, one that leaves a
+        # Of the fastest that lab plan v4_pro_sft --cluster ascend-910c finds, alike to 5 %, one that leaves a
         # tenth of the memory; docs/planner.md.
-        parallel=ParallelSection(ep=128, pp=16),
+        parallel=ParallelSection(cp=2, ep=128, pp=8),
         schedule=ScheduleSection(
             steps=1500,
             batch_tokens=6144 * 4096,

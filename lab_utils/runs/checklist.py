@@ -41,7 +41,8 @@ def checks_of(recipe: Recipe, root: Path) -> Iterator[tuple[str, Callable[[], st
     def layout() -> str:
         dp, micro, passes = recipe.layout()
         stages = f" × {counted(parallel.pp, 'stage')}" if parallel.pp > 1 else ""
-        ranks = f"{counted(cluster.world_size, 'rank')} = {dp} data-parallel{stages}"
+        runs = f" × {parallel.cp} that share rows" if parallel.cp > 1 else ""
+        ranks = f"{counted(cluster.world_size, 'rank')} = {dp} data-parallel{runs}{stages}"
         return f"{ranks}; a step is {passes} × {counted(micro, 'row')} on each."
 
     def devices() -> str:
@@ -60,7 +61,7 @@ def checks_of(recipe: Recipe, root: Path) -> Iterator[tuple[str, Callable[[], st
     if recipe.rollout is not None:
         yield "rollouts", lambda: checks.check_rollouts(recipe) or "Prompts, rewards and layout go together."
     yield "weights", weights
-    if parallel.ep * parallel.pp * parallel.virtual_stages > 1:
+    if parallel.cp * parallel.ep * parallel.pp * parallel.virtual_stages > 1:
         yield "cut", lambda: checks.check_model(recipe) or "Layers and experts can be cut as the degrees ask."
     yield "disk", lambda: checks.check_disk(recipe, root)
     yield "output", lambda: check_output(recipe, root)

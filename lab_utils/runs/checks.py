@@ -65,24 +65,27 @@ def check_formats(recipe: Recipe) -> None:
 
 
 def check_model(recipe: Recipe) -> None:
-    """The model has what the layout cuts: layers for the stages, experts for the ranks of an ep group.
+    """The model has what the layout cuts: layers for the stages, experts for the ranks of an ep group, rows long enough
+    for the ranks that share them.
 
     Its configuration is read only where the recipe cuts the model: that takes transformers, and a second or two.
 
     Raises:
-        LayoutError: fewer layers than stages, experts that ep doesn't divide, a model that can't be cut.
+        LayoutError: fewer layers than stages, experts that ep doesn't divide, rows that are too short, a model that
+            can't be cut.
     """
     parallel, source = recipe.parallel, recipe.model.source
     stages = parallel.pp * parallel.virtual_stages
-    if stages == 1 and parallel.ep == 1:
+    if stages == 1 and parallel.ep == 1 and parallel.cp == 1:
         return
+    from lab_utils.models.deepseek_v4.counting import check_parts
     from lab_utils.models.load import load_config
 
     config = load_config(source)
     if config.model_type != "deepseek_v4":
         raise LayoutError(
-            f"{source} is no DeepSeek-V4, and others are trained under data parallelism alone: set parallel.ep, "
-            "parallel.pp and parallel.virtual_stages to 1."
+            f"{source} is no DeepSeek-V4, and others are trained under data parallelism alone: set parallel.cp, "
+            "parallel.ep, parallel.pp and parallel.virtual_stages to 1."
         )
     if stages > config.num_hidden_layers:
         raise LayoutError(
@@ -94,6 +97,7 @@ def check_model(recipe: Recipe) -> None:
             f"parallel.ep={parallel.ep} does not divide the model's {config.n_routed_experts} experts: use a divisor "
             f"of {config.n_routed_experts}."
         )
+    check_parts(config, recipe.data.row_tokens, parallel.cp)
 
 
 def check_sources(recipe: Recipe) -> None:

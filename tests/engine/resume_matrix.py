@@ -24,7 +24,7 @@ from lab_utils.engine.verify import shared_truth
 from lab_utils.planner.layouts import layout_names
 from lab_utils.runs.directory import RunDirectory
 
-LAYOUTS = ("dp4_ep1_pp1", "dp4_ep4_pp1", "dp2_ep2_pp2", "dp1_ep1_pp4")
+LAYOUTS = ("dp2_cp2_ep1_pp1", "dp4_ep4_pp1", "dp2_ep2_pp2", "dp1_ep1_pp4")
 BEFORE, AFTER = 3, 3
 
 

@@ -19,7 +19,7 @@ from lab_utils.runs.checks import preflight
 pytestmark = pytest.mark.slow  # real processes: minutes
 
 TWO = ["dp2_ep2_pp1", "dp1_ep1_pp2_v2"]
-FOUR = ["dp4_ep4_pp1", "dp2_ep2_pp2", "dp1_ep1_pp4"]
+FOUR = ["dp4_ep4_pp1", "dp2_ep2_pp2", "dp1_ep1_pp4", "dp1_cp4_ep1_pp1", "dp1_cp2_ep2_pp2_v2"]
 
 
 def check(rows: list[dict], layouts: list[str], optimizers: list[str]) -> None:
@@ -100,6 +100,13 @@ def test_the_bench_tells_speed_traffic_and_memory() -> None:
         ({"parallel.ep": 3, "cluster.nproc": 3}, "parallel.ep=3 does not divide the model's 16 experts"),
         ({"parallel.ep": 3, "cluster.nproc": 2}, "parallel.ep=3 does not divide the 2 data-parallel ranks"),
         ({"parallel.virtual_stages": 2}, "needs a pipeline: set parallel.pp to 2 or more"),
+        ({"parallel.cp": 3}, "parallel.cp=3 does not divide the 8 ranks of a stage"),
+        ({"parallel.cp": 8, "data.row_tokens": 500}, "parallel.cp=8 does not divide data.row_tokens=500"),
+        (
+            {"parallel.cp": 8, "data.row_tokens": 256},
+            "parallel.cp=8 cuts rows of 256 tokens into runs of 32, and attention needs the 64 tokens before a run: "
+            "set parallel.cp to at most 4",
+        ),
         ({"parallel.pp": 2, "schedule.micro_rows": 24}, "at least 2 micro-batches a rank"),
     ],
 )
@@ -112,7 +119,8 @@ def test_what_does_not_fit_is_said_before_a_run_starts(changes: dict, said: str,
 
 def test_layouts_are_those_that_divide() -> None:
     names = layout_names(8)
-    assert len(names) == 13 and "dp8_ep4_pp1" in names and "dp2_ep2_pp4_v2" in names
+    assert len([name for name in names if "_cp" not in name]) == 13
+    assert {"dp8_ep4_pp1", "dp2_ep2_pp4_v2", "dp4_cp2_ep1_pp1", "dp1_cp4_ep2_pp2_v2"} < set(names)
     assert "dp2_ep4_pp4" not in names
     with pytest.raises(LayoutError, match="no layout of 8 ranks; did you mean 'dp"):
         chosen_layouts(8, ["dp4_ep2_pp3"])

@@ -36,9 +36,11 @@ def changed(**sections: dict[str, Any]) -> dict[str, Any]:
 FULL = changed(model={"checkpointing": "full"})
 ALONE = changed(parallel={"ep": 1, "pp": 1}, schedule={"batch_tokens": 128, "micro_rows": 1})
 MUON = {**FULL, "optim": {"kind": "muon"}}
+CUT = changed(model={"checkpointing": "full"}, parallel={"cp": 2, "ep": 2, "pp": 2})
 CASES: dict[str, dict[str, Any]] = {
     **{f"cpu-{rank}": {"recipe": FULL, "ranks": 4, "rank": rank, "device": "cpu"} for rank in range(4)},
     **{f"npu-{rank}": {"recipe": FULL, "ranks": 8, "rank": rank, "device": "npu"} for rank in (0, 1, 2, 3)},
+    **{f"cut-{rank}": {"recipe": CUT, "ranks": 4, "rank": rank, "device": "cpu"} for rank in range(4)},
     "every": {"recipe": FULL, "ranks": 8, "rank": 0, "device": "npu", "replay": False},
     "plain": {"recipe": TREE, "ranks": 8, "rank": 2, "device": "npu"},
     "plain-every": {"recipe": TREE, "ranks": 8, "rank": 2, "device": "npu", "replay": False},
@@ -67,12 +69,17 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return json.loads((folder / "twins.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def present(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(
+    scope="module", params=[("cpu", FULL), ("cut", CUT)], ids=["whole rows", "rows cut over ranks"]
+)
+def present(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Each of four real ranks, with the name of its twin."""
+    name, recipe = request.param
     folder = tmp_path_factory.mktemp("present")
-    (folder / "recipe.json").write_text(json.dumps(FULL))
+    (folder / "recipe.json").write_text(json.dumps(recipe))
     run(command(4, str(HERE), str(folder)))
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    ranks = [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(4)]
+    return [{**rank, "twin": f"{name}-{rank['rank']}"} for rank in ranks]
 
 
 def summed(twin: dict[str, Any], what: str) -> dict[str, int]:
@@ -85,7 +92,7 @@ def summed(twin: dict[str, Any], what: str) -> dict[str, int]:
 @pytest.mark.slow
 def test_the_state_is_that_of_real_ranks_to_the_byte(twins, present) -> None:
     for rank in present:
-        state = twins[f"cpu-{rank['rank']}"]["state"]
+        state = twins[rank["twin"]]["state"]
         assert {kind: state[kind] for kind in rank["state"]} == rank["state"]
 
 
@@ -93,7 +100,7 @@ def test_the_state_is_that_of_real_ranks_to_the_byte(twins, present) -> None:
 def test_calls_and_bytes_are_those_of_real_ranks(twins, present) -> None:
     names = {"all_to_all": "all_to_all_single", "send": "batch_isend_irecv"}
     for rank in present:
-        twin = twins[f"cpu-{rank['rank']}"]
+        twin = twins[rank["twin"]]
         calls, sent = summed(twin, "count"), summed(twin, "sent")
         assert {kind: calls.get(kind, 0) for kind in rank["calls"]} == rank["calls"]
         for kind in ("all_reduce", "all_gather", "all_to_all"):
@@ -109,7 +116,7 @@ def test_calls_and_bytes_are_those_of_real_ranks(twins, present) -> None:
 @pytest.mark.slow
 def test_the_peak_is_that_of_real_tensors_followed_the_same_way(twins, present) -> None:
     for rank in present:
-        assert twins[f"cpu-{rank['rank']}"]["peak"] == pytest.approx(rank["peak"], rel=0.005)
+        assert twins[rank["twin"]]["peak"] == pytest.approx(rank["peak"], rel=0.005)
 
 
 @pytest.mark.slow
@@ -131,7 +138,13 @@ def test_a_replay_changes_nothing(twins, replayed: str, every: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "names", [[f"npu-{r}" for r in range(4)], [f"cpu-{r}" for r in range(4)], ["muon-0", "muon-2"]]
+    "names",
+    [
+        [f"npu-{r}" for r in range(4)],
+        [f"cpu-{r}" for r in range(4)],
+        [f"cut-{r}" for r in range(4)],
+        ["muon-0", "muon-2"],
+    ],
 )
 def test_ranks_ask_the_same_of_one_another(twins, names: list[str]) -> None:
     orders = {twins[name]["rank"]: from_json(twins[name]["order"]) for name in names}

@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lab_utils import collectives
 from lab_utils.accelerators import get_accelerator
-from lab_utils.engine import colossal, zero
+from lab_utils.engine import colossal
 from lab_utils.engine.parts import Parts, model_of
 from lab_utils.engine.traffic import counted
 from lab_utils.engine.twin.collectives import to_json
@@ -34,8 +35,8 @@ from lab_utils.recipe import Recipe
 CALLS = {
     "all_reduce": (dist, "all_reduce"),
     "all_to_all": (dist, "all_to_all_single"),
-    "all_gather": (zero, "_all_gather"),
-    "reduce_scatter": (zero, "_reduce_scatter"),
+    "all_gather": (collectives, "all_gather"),
+    "reduce_scatter": (collectives, "reduce_scatter"),
     "all_gather_object": (colossal, "gather_objects"),
 }
 

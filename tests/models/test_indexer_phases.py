@@ -59,7 +59,7 @@ def plain_kl(model, rows) -> torch.Tensor:
     q = rotate(q, cos[:, None], sin[:, None])
     kv = rotate(layer.kv_norm(layer.kv_proj(x)), cos, sin)
     entries = pool.entries(x[None], context)[0]
-    qi, keys, weights = (part[0] for part in indexer(x[None], cq[None], context))
+    qi, keys, weights = (part[0] for part in indexer(x[None], cq[None], x[None], context))
     total = torch.zeros(())
     for t in range(T):
         visible = (t + 1) // rate

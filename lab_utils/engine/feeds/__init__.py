@@ -63,7 +63,7 @@ class Feed:
             evaluate_model(
                 engine.parts.model,
                 engine.parts.encoding,
-                questions[engine.layout.dp_rank :: engine.dp],
+                questions[engine.layout.dp_rank :: engine.layout.dp_size],
                 families=sorted({row["verify"]["family"] for row in questions}),
                 mode=engine.recipe.data.mode,
                 budget=rollout.max_new_tokens if rollout else 96,

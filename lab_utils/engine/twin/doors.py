@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_flatten
 
-from lab_utils.engine import colossal, zero
+from lab_utils import collectives
+from lab_utils.engine import colossal
 from lab_utils.engine.library import p2p
 from lab_utils.engine.twin.collectives import MESSAGES, Collective, Record
 from lab_utils.engine.twin.ledger import Ledger
@@ -52,6 +53,8 @@ class Doors:
             "expert_data": layout.moe_dp_group,
             "pipeline": layout.pp_group,
         }
+        if layout.parts is not None:
+            groups["rows"] = layout.parts.group
         if layout.pp_size > 1 and layout.ends_group is not None:
             groups["ends"] = layout.ends_group
         for name, group in groups.items():
@@ -75,8 +78,8 @@ class Doors:
             (dist, "all_gather_object", self.all_gather_object),
             (dist, "barrier", self.barrier),
             (dist, "get_backend", lambda group=None: self.backend),
-            (zero, "_all_gather", self.all_gather),
-            (zero, "_reduce_scatter", self.reduce_scatter),
+            (collectives, "all_gather", self.all_gather),
+            (collectives, "reduce_scatter", self.reduce_scatter),
             (p2p, "_send_recv_serialization_object", self.announcements),
             (p2p, "_check_device", lambda group: (self.device, self.device.type != "cpu")),
             (dist, "P2POp", Message),

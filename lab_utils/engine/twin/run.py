@@ -209,7 +209,8 @@ def _choose_accelerator(device: torch.device) -> None:
 def _streams(job: Job) -> tuple[tuple[int, ...], torch.dtype]:
     """What stages hand on of one micro-batch."""
     config = job.parts.model.config
-    shape = (job.micro_rows, job.recipe.data.row_tokens, config.hc_mult, config.hidden_size)
+    tokens = job.recipe.data.row_tokens // job.recipe.parallel.cp
+    shape = (job.micro_rows, tokens, config.hc_mult, config.hidden_size)
     return shape, getattr(torch, job.recipe.model.dtype)
 
 
@@ -259,7 +260,8 @@ def _model_flops(job: Job) -> float:
     costs, after = layer_costs(model.config, recipe.data.row_tokens, mtp=bool(model.trained_mtp))
     forward = sum(costs[i] for start, stop in _layers(job) for i in range(start, stop))
     forward += after if job.layout.last_stage else 0.0
-    return 3.0 * forward * job.accumulation * job.micro_rows * recipe.data.row_tokens
+    tokens = recipe.data.row_tokens // recipe.parallel.cp
+    return 3.0 * forward * job.accumulation * job.micro_rows * tokens
 
 
 def _layers(job: Job) -> tuple[tuple[int, int], ...]:

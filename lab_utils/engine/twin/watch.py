@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from lab_utils.engine.twin.ledger import Ledger
 
 aten = torch.ops.aten
-KNOWN_ELEMENTS = 1 << 21  # larger tensors carry no values: none that a host reads is
+KNOWN_ELEMENTS = 1 << 24  # larger tensors carry no values: none that a host reads is
 _VALUES = "_twin_known"
 
 

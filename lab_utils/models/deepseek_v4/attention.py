@@ -1,6 +1,7 @@
 """Attention of DeepSeek-V4 (TR §2.3): shared key-value, sliding window, compressed entries, lightning indexer.
 
-Legend: B rows, T tokens, D model, H heads, K head dimension, C compressed entries, S selected entries.
+Legend: B rows, T tokens, X tokens that are keys (more than T where a row is cut over ranks), D model, H heads, K head
+dimension, C compressed entries, S selected entries.
 """
 
 from __future__ import annotations
@@ -27,17 +28,18 @@ class Pool(nn.Module):
         self.position_bias = nn.Parameter(torch.empty(self.rate, inner))
         self.kv_norm = Norm(width, config.rms_norm_eps)
 
-    def entries(self, x_BTD: Tensor, context: Context) -> Tensor:
-        """``[B, C, K]`` with C = T div m."""
-        pooled_BCK = operator("compressor", x_BTD)(
-            self.kv_proj(x_BTD),
-            self.gate_proj(x_BTD),
+    def entries(self, keys_BXD: Tensor, context: Context) -> Tensor:
+        """The row's ``[B, C, K]`` with C = T div m, from the tokens that are keys."""
+        pooled_BCK = operator("compressor", keys_BXD)(
+            self.kv_proj(keys_BXD),
+            self.gate_proj(keys_BXD),
             self.position_bias,
             context.geometry,
             rate=self.rate,
             overlap=self.overlap,
         )
-        return operator("rope", x_BTD)(self.kv_norm(pooled_BCK), *context.angles("compress", self.rate))
+        angles = context.angles("compress", self.rate)
+        return context.of_row(operator("rope", keys_BXD)(self.kv_norm(pooled_BCK), *angles), self.rate)
 
 
 class Scorer(nn.Module):
@@ -59,14 +61,14 @@ class Indexer(Pool):
         self.scorer = Scorer(config)
 
     def forward(
-        self, x_BTD: Tensor, q_residual_BTQ: Tensor, context: Context
+        self, x_BTD: Tensor, q_residual_BTQ: Tensor, keys_BXD: Tensor, context: Context
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, T, Hi, Ki]``, keys ``[B, C, Ki]`` and head weights ``[B, T, Hi]`` (fp32, with all scales)."""
         q_BTHK = self.q_b_proj(q_residual_BTQ).unflatten(-1, (self.heads, -1))
         cos, sin = context.angles("compress")
         q_BTHK = operator("rope", x_BTD)(q_BTHK, cos[:, :, None], sin[:, :, None])
         weights_BTH = self.scorer.weights_proj(x_BTD).float() * self.scorer.factor
-        return q_BTHK, self.entries(x_BTD, context), weights_BTH
+        return q_BTHK, self.entries(keys_BXD, context), weights_BTH
 
 
 class Compressor(Pool):
@@ -119,9 +121,12 @@ class Attention(nn.Module):
             return self.o_b_proj(self.o_a_proj(out_R1HK.flatten(2))), None
         q_residual = self.q_a_norm(self.q_a_proj(x_BTD))
         q_BTHK = self.q_b_proj(q_residual).unflatten(-1, (self.heads, -1))
-        kv_BTK = operator("rope", x_BTD)(self.kv_norm(self.kv_proj(x_BTD)), *angles)
+        keys_BXD = context.with_before(x_BTD)
+        kv_BXK = operator("rope", x_BTD)(
+            self.kv_norm(self.kv_proj(keys_BXD)), *context.key_angles(self.rope_kind)
+        )
         rate = self.compressor.rate if self.compressor else None
-        entries_BCK = self.compressor.entries(x_BTD, context) if self.compressor else None
+        entries_BCK = self.compressor.entries(keys_BXD, context) if self.compressor else None
         indexed = selected_BTS = None
         if self.compressor and self.compressor.indexer and entries_BCK.shape[1]:
             indexer = self.compressor.indexer
@@ -129,14 +134,14 @@ class Attention(nn.Module):
             selects = not context.dense and entries_BCK.shape[1] > indexer.topk
             if context.indexer_loss or selects:
                 with torch.set_grad_enabled(context.indexer_loss and torch.is_grad_enabled()):
-                    indexed = indexer(x_BTD.detach(), q_residual.detach(), context)
+                    indexed = indexer(x_BTD.detach(), q_residual.detach(), keys_BXD.detach(), context)
             if selects:
                 selected_BTS = operator("indexer_select", x_BTD)(
                     *indexed, geometry, rate=rate, topk=indexer.topk
                 )
         out_BTHK, mass = operator("shared_kv_attention", x_BTD)(
             q_BTHK,
-            kv_BTK,
+            kv_BXK,
             self.sinks,
             *angles,
             geometry,
@@ -151,7 +156,7 @@ class Attention(nn.Module):
             keys_BCK = None
             if self.compressor and self.compressor.indexer:
                 keys_BCK = indexed[1] if indexed else self.compressor.indexer.entries(x_BTD, context)
-            caching.layers[self].fill(x_BTD, kv_BTK, entries_BCK, keys_BCK, caching.filling)
+            caching.layers[self].fill(x_BTD, kv_BXK, entries_BCK, keys_BCK, caching.filling)
         kl = None
         if mass is not None:
             kl = operator("indexer_kl", x_BTD)(*indexed, mass, geometry, rate=rate, selected_BTS=selected_BTS)

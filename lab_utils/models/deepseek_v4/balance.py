@@ -30,13 +30,15 @@ def sequence_balance(scores_NE: Tensor, experts_Nk: Tensor, context: Context) ->
         scores_NE: scores of all experts, before any bias.
         context: says where documents lie, and which tokens count.
     """
-    (B, T), E = context.counted_BT.shape, scores_NE.shape[1]
     geometry, counted = context.geometry, context.counted_BT[..., None]
-    chosen_BTE = torch.zeros(B * T, E, dtype=torch.int32, device=scores_NE.device)
-    chosen_BTE = chosen_BTE.scatter_(1, experts_Nk, 1).view(B, T, E) * counted
+    (B, T), E = (geometry.B, geometry.whole.T), scores_NE.shape[1]
+    chosen_BTE = torch.zeros(B, T, E, dtype=torch.int32, device=scores_NE.device)
+    experts_BTk = context.of_all_tokens(experts_Nk.view(B, geometry.T, -1).to(torch.int32))
+    chosen_BTE = chosen_BTE.scatter_(2, experts_BTk.long(), 1) * context.counted(geometry.whole)[..., None]
     # A document's load at each of its tokens, from running sums over the row: whole numbers, so exact in any order.
     sums_BTE = chosen_BTE.cumsum(1, dtype=torch.int32)
-    first_BT, last_BT = geometry.start_BT, geometry.start_BT + geometry.length_BT - 1
+    first_BT = geometry.start_BT + geometry.start
+    last_BT = first_BT + geometry.length_BT - 1
     load_BTE = sums_BTE.gather(1, last_BT[..., None].expand(-1, -1, E))
     load_BTE -= (sums_BTE - chosen_BTE).gather(1, first_BT[..., None].expand(-1, -1, E))
     length_BT1 = (geometry.length_BT - context.tail).clamp(min=1)[..., None].to(scores_NE.dtype)

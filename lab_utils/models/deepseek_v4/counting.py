@@ -88,6 +88,26 @@ def layer_costs(
     return [2 * (main + indexer) for main, indexer in layers], 2 * after
 
 
+def reach(config: Any) -> int:
+    """Tokens before a run of a row that its keys need: the window, or those of the entries that close in it first."""
+    return max(config.sliding_window, 2 * config.compress_rates[CSA], config.compress_rates[HCA])
+
+
+def check_parts(config: Any, row_tokens: int, cp: int) -> None:
+    """Rows are long enough to be cut over so many ranks.
+
+    Raises:
+        LayoutError: a run would be shorter than what it needs of the one before.
+    """
+    needed = reach(config)
+    if cp > 1 and row_tokens // cp < needed:
+        raise LayoutError(
+            f"parallel.cp={cp} cuts rows of {row_tokens} tokens into runs of {row_tokens // cp}, and attention needs "
+            f"the {needed} tokens before a run: set parallel.cp to at most {max(1, row_tokens // needed)}, or raise "
+            f"data.row_tokens."
+        )
+
+
 def split_layers(config: Any, stages: int, *, mtp: bool = False) -> list[int]:
     """How many layers each of the stages holds, in order: the heaviest stage as light as can be.
 

@@ -14,12 +14,16 @@ from kernels.geometry import Geometry
 from lab_utils.models.deepseek_v4.rotary import Rotary
 
 if TYPE_CHECKING:
+    from lab_utils.models.context_parallel import ContextParallel
     from lab_utils.models.deepseek_v4.cache import Caching
 
 
 @dataclass
 class Context:
-    """One forward pass over packed rows: where documents lie, and RoPE's angles (made once, read by all layers)."""
+    """One forward pass over packed rows: where documents lie, and RoPE's angles (made once, read by all layers).
+
+    Under context parallelism ``input_ids`` and ``geometry`` are this rank's run of the rows.
+    """
 
     input_ids: Tensor
     geometry: Geometry
@@ -28,22 +32,59 @@ class Context:
     dense: bool = False  # every visible entry is attended: nothing is selected
     balance: bool = False  # whether the sequence balance loss is wanted
     caching: Caching | None = None  # texts that will be gone on with
+    parts: ContextParallel | None = None  # who has the rows' other tokens
+    whole_ids: Tensor | None = None  # of the whole rows, where there are parts
     tail: int = 0  # so many tokens at a document's end don't count: in an MTP block they have no next token
     _angles: dict = field(default_factory=dict)
 
     def angles(self, kind: str, rate: int | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin of the tokens ``[B, T, R]``, or of the entries at a compression rate ``[B, C, R]``."""
+        """cos and sin of the tokens ``[B, T, R]``, or of the entries pooled at a compression rate ``[B, C, R]``."""
         if (kind, rate) not in self._angles:
-            positions = (
-                self.geometry.position_BT if rate is None else self.geometry.entries(rate).positions_BC
-            )
+            geometry = self.geometry
+            positions = geometry.position_BT if rate is None else geometry.windows(rate).positions_BC
             self._angles[kind, rate] = self.rotary(kind, positions)
         return self._angles[kind, rate]
+
+    def key_angles(self, kind: str) -> tuple[Tensor, Tensor]:
+        """cos and sin of the tokens that are keys ``[B, X, R]``."""
+        if self.parts is None:
+            return self.angles(kind)
+        if (kind, "keys") not in self._angles:
+            self._angles[kind, "keys"] = self.rotary(kind, self.geometry.key_position_BX)
+        return self._angles[kind, "keys"]
+
+    # What other ranks have of the rows; without context parallelism everything is here.
+
+    def with_before(self, x_BTD: Tensor) -> Tensor:
+        """The tokens that are keys ``[B, X, D]``: those before a run of the rows, and its own."""
+        return x_BTD if self.parts is None else self.parts.with_before(x_BTD, self.geometry.before)
+
+    def of_row(self, entries_BcK: Tensor, rate: int) -> Tensor:
+        """The compressed entries of the whole row ``[B, C, K]`` from those pooled here."""
+        if self.parts is None or not entries_BcK.shape[1]:
+            return entries_BcK
+        return self.parts.of_row(
+            entries_BcK, self.geometry.windows(rate).order, self.geometry.entries(rate).count
+        )
+
+    def of_all_tokens(self, x_BT: Tensor) -> Tensor:
+        """The whole rows' ``[B, T, …]``, without a gradient."""
+        return x_BT if self.parts is None else self.parts.whole(x_BT)
+
+    def ahead(self, x_BT: Tensor, tokens: int) -> Tensor:
+        """What stands so many places on in a tensor of the whole rows, at this rank's tokens."""
+        moved_BT = x_BT.roll(-tokens, 1)
+        return moved_BT if self.parts is None else self.parts.cut(moved_BT)
+
+    def ids_ahead(self, tokens: int) -> Tensor:
+        return self.ahead(self.input_ids if self.whole_ids is None else self.whole_ids, tokens)
 
     @cached_property
     def counted_BT(self) -> Tensor:
         """Tokens that count in the experts' load: no padding, and none of a document's ``tail``."""
-        geometry = self.geometry
+        return self.counted(self.geometry)
+
+    def counted(self, geometry: Geometry) -> Tensor:
         return geometry.real_BT & (geometry.local_BT < geometry.length_BT - self.tail)
 
 

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from kernels.geometry import Geometry
+from kernels.row_part import RowPart
 from lab_utils.errors import RecipeError
 from lab_utils.models.base import AuxiliaryLoss, ModelOutput, RoutingRecord
+from lab_utils.models.context_parallel import ContextParallel
 from lab_utils.models.deepseek_v4.attention import CSA
 from lab_utils.models.deepseek_v4.balance import settle_load
 from lab_utils.models.deepseek_v4.block import Layer, Pass
-from lab_utils.models.deepseek_v4.counting import training_flops
+from lab_utils.models.deepseek_v4.counting import reach, training_flops
 from lab_utils.models.deepseek_v4.decoding import DeepseekV4Decoding
 from lab_utils.models.deepseek_v4.hyper_connections import HyperHead
 from lab_utils.models.deepseek_v4.layers import Context, Norm, linear, uninitialised
@@ -93,6 +95,8 @@ class DeepseekV4(nn.Module):
         self.mtp = nn.ModuleList(MtpBlock(config, depth) for depth in range(depths))
         self.rotary = Rotary(config)
         self._record: RoutingRecord | None = None
+        # Who has the other tokens of the rows; set by the engine where a row is cut over ranks.
+        self.parts: ContextParallel | None = None
         # Shapes before any cut, in an order that fresh weights are drawn in.
         self.whole_shapes = {name: tuple(tensor.shape) for name, tensor in self.state_dict().items()}
         # Set by who makes the model without memory: gives this rank's part its values, once it has been cut.
@@ -167,6 +171,9 @@ class DeepseekV4(nn.Module):
     ) -> ModelOutput:
         """Packed rows ``[B, T]`` to final hidden states; see ``ModelOutput``.
 
+        Under context parallelism (``parts``) every rank of the group is given the whole rows, and gets the states,
+        losses and metrics of its own run of their tokens.
+
         Args:
             loss_weights: as in ``PackedRows``; with them multi-token prediction has its loss, without it doesn't run.
             routing: experts to take, from ``record_routing``; the weights still come from the current scores. MTP
@@ -179,7 +186,7 @@ class DeepseekV4(nn.Module):
         if self.trained_mtp and self.training and torch.is_grad_enabled():
             _require(loss_weights)
         at = self.begin(input_ids, position_ids, document_ids, routing)
-        h_BTnD = self.embed(input_ids)
+        h_BTnD = self.embed(at.context.input_ids)
         for number, layer in enumerate(self.model.layers):
             h_BTnD = at.run(layer, number, h_BTnD)
         return self.finish(at, h_BTnD, loss_weights)
@@ -197,10 +204,13 @@ class DeepseekV4(nn.Module):
         learns = torch.is_grad_enabled()
         if self._record is not None and self._record.experts:
             raise ValueError("record_routing holds one forward pass: open another for the next.")
+        geometry, parts = Geometry(position_ids, document_ids), self.parts
         context = Context(
-            input_ids,
-            Geometry(position_ids, document_ids),
+            input_ids if parts is None else parts.cut(input_ids),
+            geometry if parts is None else RowPart(geometry, parts.rank, parts.ranks, reach(self.config)),
             self.rotary,
+            parts=parts,
+            whole_ids=None if parts is None else input_ids,
             indexer_loss=self.indexer_loss > 0 and learns,
             dense=self.warmup,
             balance=self.balance_loss > 0 and learns and not self.warmup,
@@ -210,7 +220,7 @@ class DeepseekV4(nn.Module):
             # In the warm-up the graph holds nothing but the indexer: to make layers again for it would only cost.
             again=self.checkpointing if learns and not self.warmup else "none",
             count=self.training and learns,
-            given=self._checked(routing, input_ids.numel()),
+            given=self._checked(routing, input_ids.shape),
             record=self._record,
         )
 
@@ -289,11 +299,11 @@ class DeepseekV4(nn.Module):
         finally:
             self._record = None
 
-    def _checked(self, routing: RoutingRecord | None, tokens: int) -> list[Tensor]:
-        """The tensors of a record, one for each layer or none at all."""
+    def _checked(self, routing: RoutingRecord | None, rows: torch.Size) -> list[Tensor]:
+        """The tensors of a record, one for each layer or none at all; of this rank's tokens."""
         if routing is None:
             return []
-        wanted = (tokens, self.config.num_experts_per_tok)
+        wanted = (rows.numel(), self.config.num_experts_per_tok)
         least, most = len(self.model.layers), len(self.model.layers) + len(self.mtp)
         shapes = {tuple(experts_Nk.shape) for experts_Nk in routing.experts}
         if not least <= len(routing.experts) <= most or shapes != {wanted}:
@@ -301,7 +311,10 @@ class DeepseekV4(nn.Module):
                 f"routing: {len(routing.experts)} layers of {sorted(shapes)} don't fit {least} layers and rows that "
                 f"need {list(wanted)}: give the record of the same rows."
             )
-        return routing.experts
+        if self.parts is None:
+            return routing.experts
+        whole = (experts_Nk.unflatten(0, rows) for experts_Nk in routing.experts)
+        return [self.parts.cut(experts_BTk).flatten(0, 1) for experts_BTk in whole]
 
 
 def _require(loss_weights: Tensor | None) -> None:

@@ -51,7 +51,7 @@ class MtpBlock(Layer):
         A document's last tokens get ids that are not its own; nothing of theirs reaches a loss or another token.
         """
         ahead = self.depth + 1
-        return context.input_ids.roll(-ahead, 1), replace(context, tail=ahead)
+        return context.ids_ahead(ahead), replace(context, tail=ahead)
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def predict(
 ) -> Prediction:
     """Cross-entropy of id_{t+2+depth} from the block's streams, inside documents, in chunks of tokens.
 
-    ``loss_weights_BT[b, t]`` weighs the prediction of token t, as in the objective.
+    ``loss_weights_BT[b, t]``, of the whole rows, weighs the prediction of token t, as in the objective.
     """
     ahead = block.depth + 2
-    weights_BT = loss_weights_BT.roll(-ahead, 1) * inside(context.geometry, ahead)
+    weights_BT = context.ahead(loss_weights_BT, ahead) * inside(context.geometry, ahead)
     keep_BT = weights_BT != 0
     hidden_MD = block.norm(block.hc_head(h_BTnD))[keep_BT]
-    targets_M, weights_M = context.input_ids.roll(-ahead, 1)[keep_BT], weights_BT[keep_BT]
+    targets_M, weights_M = context.ids_ahead(ahead)[keep_BT], weights_BT[keep_BT]
     if targets_M.numel() == 0:
         none = torch.zeros((), device=h_BTnD.device)
         # The empty sum keeps the graph: other ranks wait for this one's part in the backward pass of the experts.

@@ -116,7 +116,7 @@ def stage_forward(
     stages: Any,
     **batch: Tensor,
 ) -> dict[str, Tensor] | ModelOutput:
-    """One stage on packed rows ``[B, T]``.
+    """One stage on packed rows ``[B, T]``; under context parallelism, on this rank's run of them.
 
     Args:
         streams: what the stage before handed on ``[B, T, n, D]``; None in the first.
@@ -131,7 +131,7 @@ def stage_forward(
     routing = batch.get("side.routing")
     record = None if routing is None else RoutingRecord.from_rows(routing)
     at = model.begin(input_ids, position_ids, document_ids, record)
-    h_BTnD = model.embed(input_ids) if stages.is_first_stage() else streams
+    h_BTnD = model.embed(at.context.input_ids) if stages.is_first_stage() else streams
     start, stop = stage_index if stage_index is not None else model.stage.ranges[0]
     for number in range(start, stop):
         h_BTnD = at.run(model.model.layers[number], number, h_BTnD)

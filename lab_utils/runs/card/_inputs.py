@@ -159,6 +159,7 @@ def layout(card: dict[str, Any]) -> Part:
     names = {
         "ranks": "ranks",
         "dp": "data parallel",
+        "cp": "context parallel",
         "ep": "expert parallel",
         "pp": "pipeline stages",
         "virtual_stages": "virtual stages a rank",

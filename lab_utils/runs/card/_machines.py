@@ -26,7 +26,10 @@ MAIN_PACKAGES = (
 def layout(recipe: Recipe, provenance: dict[str, Any], attempts: list[dict[str, Any]]) -> dict[str, Any]:
     """Degrees and micro-batches of the last attempt; ``earlier`` has those of attempts under another layout."""
     given = {
-        **{key: getattr(recipe.parallel, key) for key in ("ep", "pp", "virtual_stages", "zero", "offload")},
+        **{
+            key: getattr(recipe.parallel, key)
+            for key in ("cp", "ep", "pp", "virtual_stages", "zero", "offload")
+        },
         **(provenance.get("layout") or {}),
     }
     told = [{"ranks": each.get("ranks"), **(each.get("layout") or {})} for each in attempts] or [given]
