@@ -20,7 +20,7 @@ def run() -> Iterator[tuple[str, bool, str]]:
     from lab_utils.recipe import Recipe
 
     recipe = Recipe.load("v4_pro_sft")
-    twin = step_of(recipe, RANKS, RANKS // 2 + 1, device="npu")
+    twin = step_of(recipe, RANKS, 3 * RANKS // 4 + 1, device="npu")
     layers = " and ".join(f"{start}-{stop - 1}" for start, stop in twin.layers)
     found = (
         f"rank {twin.rank}, layers {layers}: {twin.calls} operators, {len(twin.collectives)} collectives, "
