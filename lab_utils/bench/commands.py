@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import typer
 
 from lab_utils.console import emit, say, table
@@ -179,6 +181,36 @@ def layout(
         f"Layouts of {nproc} ranks: {source}, {optimizer}, {dtype}, {rows} rows of {row_tokens} tokens a step"
     )
     emit(found, as_json, lambda: table(title, columns, drawn, right=columns[1:]))
+
+
+@app.command()
+def plan(
+    nproc: int = typer.Option(2, min=2, help="Ranks, of one core each."),
+    steps: int = typer.Option(7, min=1, help="Timed steps of a run."),
+    path: Path = typer.Option(None, "--write", help="Write figures and runs to this YAML file."),
+    as_json: bool = typer.Option(False, "--json", help="Print JSON."),
+) -> None:
+    """The planner's time and memory beside runs on this machine's cores, which is measured first; five minutes."""
+    from lab_utils.bench.plan import bench_plan, write
+
+    found = bench_plan(nproc, steps, lambda run: say(f"measured {run['source']}, {run['layout']}"))
+    if path is not None:
+        write(found, path)
+    quantities = {"seconds": "s a step", "tensors_mib": "tensors, MiB", "peak_mib": "process, MiB"}
+    columns = ["model", "rows × tokens", "layout", *quantities.values()]
+    drawn = [
+        (
+            run["source"].removeprefix("preset:"),
+            f"{run['rows']} × {run['row_tokens']:,}",
+            run["layout"],
+            *(
+                f"{run[key]:,.1f}, predicted {run['predicted'][key]:,.1f} ({run['predicted'][key] / run[key] - 1:+.0%})"
+                for key in quantities
+            ),
+        )
+        for run in found["runs"]
+    ]
+    emit(found, as_json, lambda: table(found["machine"], columns, drawn, right=columns[3:]))
 
 
 @app.command()

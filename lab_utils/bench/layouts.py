@@ -78,9 +78,14 @@ def bench_layout(
     row_tokens: int = 256,
     steps: int = 5,
     accelerator: str = "auto",
+    follow: bool = False,
     on_row: Any = None,
 ) -> list[dict[str, Any]]:
-    """Rows of ``layout``, ``tokens_per_s``, ``bytes_sent_per_rank``, ``peak_mib``; a job of its own for each layout."""
+    """Rows of ``layout``, ``tokens_per_s``, ``bytes_sent_per_rank``, ``peak_mib``,
+    ``resident_mib``; a job of its own for each layout.
+
+    ``follow``: another job each, for ``tensors_mib``, which a CPU has no allocator to count.
+    """
     from lab_utils.models.load import load_config
 
     found, layers = [], load_config(source).num_hidden_layers
@@ -110,6 +115,10 @@ def bench_layout(
             }
             _job(world, "lab_utils.engine.bench", options)
             found.append({"layout": name, **json.loads((Path(folder) / "row.json").read_text())})
+        if follow:
+            with tempfile.TemporaryDirectory() as folder:
+                _job(world, "lab_utils.engine.bench", {**options, "folder": folder, "follow": True})
+                found[-1] |= json.loads((Path(folder) / "row.json").read_text())
         if on_row:
             on_row(found[-1])
     return found

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -50,10 +51,15 @@ class RandomRows:
 
 
 def measure(options: dict[str, Any]) -> dict[str, Any]:
-    """``tokens_per_s`` of all ranks; ``bytes_sent_per_rank`` in a step and ``peak_mib``, the largest rank's."""
+    """``tokens_per_s`` of all ranks; ``bytes_sent_per_rank`` in a step, ``peak_mib``, and
+    ``resident_mib`` before there is a model: the largest rank's.
+
+    With ``follow`` no times: ``tensors_mib``, of the tensors alive at the fullest moment of a step on the fullest rank.
+    """
     recipe = Recipe.parse(options["recipe"])
     accelerator = get_accelerator(recipe.cluster.accelerator)
     colossal.start(accelerator, 0)
+    resident = psutil.Process().memory_info().rss / 2**20
     folder = Path(options["folder"])
     if dist.get_rank() == 0:
         RunDirectory(folder).write_status(state="created")
@@ -68,6 +74,8 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         return Parts(model=model, train=train, objective=Sft(), write_config=lambda folder: None)
 
     engine = Engine(recipe, accelerator, RunDirectory(folder), build)
+    if options.get("follow"):
+        return {"tensors_mib": max(gather_objects(_followed(engine))) / 2**20}
     engine.open()
     accelerator.reset_memory_peak()
     times, sent = [], 0
@@ -81,12 +89,27 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         if step >= options["warmup"]:
             times.append(time.perf_counter() - start)
             sent = max(sent, sum(traffic.values()))
-    found = gather_objects((sent, accelerator.memory().allocated_peak / 2**20))
+    found = gather_objects((sent, accelerator.memory().allocated_peak / 2**20, resident))
     return {
         "tokens_per_s": recipe.schedule.batch_tokens / sorted(times)[len(times) // 2],
-        "bytes_sent_per_rank": max(bytes_sent for bytes_sent, _ in found),
-        "peak_mib": max(peak for _, peak in found),
+        "bytes_sent_per_rank": max(each[0] for each in found),
+        "peak_mib": max(each[1] for each in found),
+        "resident_mib": max(each[2] for each in found),
     }
+
+
+def _followed(engine: Engine) -> int:
+    """Bytes of the tensors alive at the peak of a step like any but a run's first."""
+    from lab_utils.engine.twin.follow import Following
+    from lab_utils.engine.twin.ledger import Ledger
+
+    ledger = Ledger()
+    with Following(ledger):
+        engine.open()
+        engine.update(engine.forward_backward(engine.load(Stop.NO)))
+        start = ledger.time
+        engine.update(engine.forward_backward(engine.load(Stop.NO)))
+    return ledger.peak(start).bytes
 
 
 if __name__ == "__main__":

@@ -12,15 +12,17 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
-from lab_utils.planner import memory
 from lab_utils.planner.assumptions import Assumptions
 from lab_utils.planner.cluster import Case, find
+from lab_utils.planner.own import QUANTITIES, machines, predicted
 from lab_utils.planner.peers import PANGU, V3, Run, tokens_per_s
 from lab_utils.planner.placed import place
+from lab_utils.planner.rates import Rates
 from lab_utils.planner.search import search
-from lab_utils.planner.timing import Rates, of_placed
+from lab_utils.planner.timing import of_placed
 from lab_utils.recipe import Recipe
 
+OWN = "`lab bench plan`"  # whose runs are our own
 CASES: tuple[Case, ...] = ("low", "expected", "high")
 # Of runs whose kernels and overlap are their own: what the engine doesn't do, but they did or may have done.
 PEER = Assumptions(
@@ -202,41 +204,22 @@ def _v3() -> list[Row]:
 
 # -- our own measurements ---------------------------------------------------------------------------------------------
 
-PYTHON_MIB = 450.0  # docs/benchmarks.md: what Python and torch take of a rank's peak
-LAYOUTS = (  # ep, pp, virtual stages, peak of a rank in MiB: `lab bench layout`, docs/benchmarks.md
-    (1, 1, 1, 650.0),
-    (2, 1, 1, 651.0),
-    (4, 1, 1, 658.0),
-    (1, 2, 1, 571.0),
-    (1, 2, 2, 522.0),
-    (2, 2, 1, 534.0),
-    (2, 2, 2, 523.0),
-    (1, 4, 1, 493.0),
-)
-
 
 def _measured() -> list[Row]:
-    """Layouts of `lab bench layout` on four CPU ranks: memory of the fullest rank.
-
-    Their speed isn't compared: four ranks shared two cores, which is no layout of a cluster.
-    """
+    """Every run of every machine of ``planner/own``, in all that was measured of it."""
     found = []
-    for ep, pp, v, peak in LAYOUTS:
-        recipe = Recipe.parse(
-            {
-                "model": {"source": "preset:tiny"},
-                "data": {"train": [{"manifest": "any"}], "row_tokens": 256},
-                "schedule": {"batch_tokens": 16 * 256},
-                "cluster": {"accelerator": "cpu"},
-                "parallel": {"ep": ep, "pp": pp, "virtual_stages": v},
-            }
-        )
-        stages = memory.stage_memory(recipe, 4)
-        tensors = 1024 * max(stage.seen_by_twin for stage in stages)
-        name = f"tiny, dp{4 // pp} ep{ep} pp{pp}" + (f" v{v}" if v > 1 else "")
-        text = "tensors, and 450 MiB of Python and torch"
-        value = PYTHON_MIB + tensors
-        found.append(
-            Row(name, "peak MiB of a CPU rank", peak, value, value, value, text, "docs/benchmarks.md")
-        )
+    for machine in machines():
+        for run in machine["runs"]:
+            size = f"{run['rows']} × {run['row_tokens']:,} tokens"
+            name = f"{run['source'].removeprefix('preset:')}, {size}, {run['layout']}"
+            for key, value in predicted(machine["cluster"], run).items():
+                source = f"{OWN}, {machine['machine']}"
+                found.append(Row(name, QUANTITIES[key], run[key], value, value, value, TAKEN[key], source))
     return found
+
+
+TAKEN = {
+    "seconds": "rates of the machine's cores, sustained share and calls from data-parallel steps of reference and tiny",
+    "tensors_mib": "nothing measured",
+    "peak_mib": "tensors; the heap's share and the rest of the process from a step of reference",
+}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lab_utils.planner.calibration import CASES, rows
+from lab_utils.planner.calibration import CASES, OWN, rows
 from lab_utils.planner.cluster import Cluster, find
+from lab_utils.planner.own import QUANTITIES
 
 
 def table() -> str:
@@ -58,6 +59,22 @@ def markdown() -> str:
         inside=len(brackets),
         ranges=len(brackets) + len(outside),
         outside=f" Outside: {misses}." if misses else "",
+        own=" ".join(_own(key, share) for key, share in WANTED.items()),
+    )
+
+
+# How near our own runs are wanted to be predicted.
+WANTED = {"seconds": 0.15, "tensors_mib": 0.05, "peak_mib": 0.05}
+
+
+def _own(key: str, share: float) -> str:
+    """How many of our own runs are predicted as nearly as wanted, and the widest misses."""
+    own = [row for row in rows() if row.source.startswith(OWN)]
+    misses = sorted(row.miss for row in own if row.quantity == QUANTITIES[key])
+    near = sum(abs(miss) <= share for miss in misses)
+    return (
+        f"{QUANTITIES[key]}: {near} of {len(misses)} within {100 * share:.0f} %, all from {100 * misses[0]:+.0f} to "
+        f"{100 * misses[-1]:+.0f} %."
     )
 
 
@@ -83,10 +100,15 @@ How to read it:
   (`lab plan` without options) are lower.
 - MFU counts the model proper: no multi-token prediction, the indexer forward only, no recomputation. The denominator is
   a device's dense bf16 peak: 376 TFLOPS for a die of a 910C (752 a package) and for a 910B.
+- Our own runs: {own}
+  A run is one of `lab bench plan`, which measures the machine, runs steps of two models under data parallelism to learn
+  what share of its rates a step sustains, and predicts the others. Tensors are counted as they come and go; a process
+  also holds what its heap doesn't give back, which no plan of a device has. Too low are steps under expert parallelism,
+  whose ranks wait for the one whose experts got most, since rows are taken to be shared evenly, and those of `tiny`. On
+  a shared machine a step repeats to 10 or 15 %.
 - Not compared, for want of a figure or of the machine: GB200 (Megatron-Bridge's 7,776 tokens/s a GPU on V4-Flash),
-  layouts without published speed, our engine on a GPU or an NPU, and the speed of our CPU layouts, whose four ranks
-  shared two cores when they were measured.
-- Memory is checked against the engine itself by `lab twin`, which builds it at full size without chips
+  layouts without published speed, and our engine on a GPU or an NPU.
+- Memory at full size is checked against the engine itself by `lab twin`, which builds it without chips
   (`docs/twin.md`).
 
 ## Efficiencies, and where they are from

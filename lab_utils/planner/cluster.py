@@ -143,6 +143,10 @@ class Cluster(Section):
         description="What the allocator holds beyond the tensors, as a share of them."
     )
     host_wait_us: Figure = Field(description="A device idle while the host reads sizes and starts again.")
+    layer_calls_us: Figure | None = Field(
+        None,
+        description="To call a layer's operators, forward and backward, where the host is the device (a CPU).",
+    )
     data_tokens_s: Figure = Field(description="Packed rows that a rank's loader makes.")
 
     @model_validator(mode="after")

@@ -16,6 +16,9 @@ from lab_utils.recipe.sections import ModelSection
 
 Kept = dict[str, float]
 CHUNK, CPU_CHUNK = 1 << 28, 1 << 19  # logits that kernels/linear_logprob makes at once
+# Bytes that a chunk of attention works on at once on a CPU: scores and their gradient, keys and theirs
+# (``CHUNK_ELEMENTS`` of kernels/geometry.py, fp32).
+SCORES = 4 * 4.0 * 2**20
 
 
 def width(dtype: str) -> int:
@@ -127,7 +130,14 @@ def exchange(n: Numbers, dtype: str, ep: int) -> float:
 
 
 def backward(
-    n: Numbers, kind: str, model: ModelSection, row_tokens: int, tokens: int, ep: int, cp: int = 1
+    n: Numbers,
+    kind: str,
+    model: ModelSection,
+    row_tokens: int,
+    tokens: int,
+    ep: int,
+    cp: int = 1,
+    on_cpu: bool = False,
 ) -> float:
     """Bytes of the largest working set of a block's backward pass over so many tokens, the all-to-all apart.
 
@@ -152,7 +162,8 @@ def backward(
     ):  # gradients of the row's entries, and what is summed of them over its ranks
         attention += cp * n.head_dim / n.compress_rates[kind] * (4 + 2 * w)
     attention_weights = HK * (n.q_lora_rank + n.o_lora_rank) * w
-    sets = (tokens * experts + expert_weights, tokens * mixing, tokens * attention + attention_weights)
+    of_attention = max(tokens * attention, SCORES) if on_cpu else tokens * attention
+    sets = (tokens * experts + expert_weights, tokens * mixing, of_attention + attention_weights)
     return tokens * made + max(sets)
 
 

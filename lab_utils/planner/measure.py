@@ -1,8 +1,9 @@
-"""``lab doctor --measure``: this machine as a cluster, ``ASCENT_CACHE/clusters/local.yaml``, in about a minute.
+"""``lab doctor --measure``: this machine as a cluster, ``ASCENT_CACHE/clusters/local.yaml``, in two minutes.
 
-Measured, in child processes, with one thread a rank as a layout of many ranks has it: fp32 products by size, the
-operator of attention, memory, and messages between two ranks. A device is a core; GPUs and NPUs are described by
-a file of their own (``docs/planner.md``).
+A device is a core, and all cores work at once, as those of a layout do: what a lone one reaches of the memory's
+bandwidth, no rank ever has. Measured in child processes of one thread: fp32 products by size, attention, memory,
+messages between two ranks; then steps of two small models, data-parallel over the cores (``planner/fitted.py``). GPUs
+and NPUs are described by a file of their own (``docs/planner.md``).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,9 @@ from lab_utils.errors import RunError
 
 SIZES = (64, 128, 256, 512, 1024)
 SECONDS = 1.5  # of each measurement
-DEVICE = "measured on this machine, one thread"
+DEVICE = "measured on this machine, a thread on each core at once"
+COPIES = 4  # cores that are measured at once, at most
+PER_CORE = ("products", "attention", "bandwidth", "disk")
 
 
 def run(as_json: bool = False) -> Path:
@@ -42,19 +46,26 @@ def run(as_json: bool = False) -> Path:
 
 def measure() -> dict[str, Any]:
     """Figures by name, SI units."""
-    say("measuring products, attention and memory on one core …")
-    found = _child("one")
+    from lab_utils.planner.fitted import steps
+
+    say("measuring products, attention and memory on all cores …")
+    with ThreadPoolExecutor(COPIES) as pool:
+        every = list(pool.map(_child, ["one"] * min(COPIES, os.cpu_count() or 1)))
+    found = {**every[0], **{name: _mean([each[name] for each in every]) for name in PER_CORE}}
     say("measuring messages between two ranks …")
-    return {**found, **_child("two")}
+    found |= _child("two")
+    say("measuring steps of small models on all cores …")
+    return {**found, "steps": steps(len(every))}
 
 
 def write(found: dict[str, Any]) -> Path:
     """The cluster's file from figures."""
     from lab_utils.accelerators.cpu import cache_dir
     from lab_utils.planner.cluster import Cluster
+    from lab_utils.planner.fitted import fitted
 
     path = cache_dir() / "clusters" / "local.yaml"
-    tree = tree_of(found)
+    tree = fitted(tree_of(found), found.get("steps", []))
     Cluster.model_validate(tree)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -91,6 +102,10 @@ def tree_of(found: dict[str, Any]) -> dict[str, Any]:
                 "name": "memory",
                 "gb_s": figure(found["message"] / 1e9, "measured: gloo, all-gather between two ranks"),
                 "latency_us": figure(found["latency"] * 1e6, "measured: gloo, an all-reduce of one number"),
+                "all_to_all_gb_s": {
+                    "points": {2.0: float(f"{found['exchange'] / 1e9:.4g}")},
+                    "source": "measured: gloo, an uneven all-to-all between two ranks",
+                },
             }
         ],
         "host": {
@@ -109,14 +124,18 @@ def tree_of(found: dict[str, Any]) -> dict[str, Any]:
             "network": figure(1.0, "the bandwidth is measured"),
         },
         "watts_per_chip": figure(15.0, "assumed: a core and its share of a server"),
-        "runtime_gib": figure(
-            found["resident"] / 2**30, "measured: a process that has imported torch and the engine"
-        ),
+        "runtime_gib": figure(found["resident"] / 2**30, "measured: a process that has imported torch"),
         "communicator_mib": figure(2.0, "assumed: gloo's buffers"),
         "allocator_share": figure(0.1, "assumed: glibc keeps what it freed"),
         "host_wait_us": figure(0.0, "a CPU is its own host"),
         "data_tokens_s": figure(2e6, "assumed: packed rows are cut ahead"),
     }
+
+
+def _mean(values: list[Any]) -> Any:
+    if isinstance(values[0], dict):
+        return {key: sum(each[key] for each in values) / len(values) for key in values[0]}
+    return sum(values) / len(values)
 
 
 def _child(what: str) -> dict[str, Any]:
@@ -216,12 +235,15 @@ def _two() -> dict[str, Any]:
     dist.init_process_group("gloo")
     own, all_of_it = torch.zeros(4 << 20), torch.empty(8 << 20)
     message = _steady(lambda: all_gather(all_of_it, own), float(own.nbytes))
+    half = [len(own) // 2, len(own) // 2]
+    parts = torch.empty_like(own)
+    exchange = _steady(lambda: dist.all_to_all_single(parts, own, half, half), own.nbytes / 2)
     one = torch.zeros(1)
     latency = 1.0 / _steady(lambda: dist.all_reduce(one), 1.0)
     rank = dist.get_rank()
     dist.barrier()
     dist.destroy_process_group()
-    return {"message": message, "latency": latency} if rank == 0 else {}
+    return {"message": message, "exchange": exchange, "latency": latency} if rank == 0 else {}
 
 
 def _steady(call: Any, work: float, times: int = 20) -> float:

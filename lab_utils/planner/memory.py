@@ -217,7 +217,7 @@ def _temporary(recipe: Recipe, placed: Placed, stage: Stage, rows: float, on_cpu
     n, model, tokens = placed.numbers, recipe.model, placed.micro_tokens
     kinds = {kind for kind, _ in _kinds(n, stage)}
     T, ep, cp = placed.row_tokens, placed.ep, placed.cp
-    found = [kept.backward(n, kind, model, T, tokens, ep, cp) for kind in kinds]
+    found = [kept.backward(n, kind, model, T, tokens, ep, cp, on_cpu) for kind in kinds]
     if stage.last and recipe.objective.kind != "reward":
         found.append(
             kept.head(n, tokens, kept.width(model.dtype), placed.mtp, on_cpu) - rows

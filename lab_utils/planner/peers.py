@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lab_utils.planner.assumptions import Assumptions
 from lab_utils.planner.cluster import Cluster
 from lab_utils.planner.network import Group, all_to_all, ring
-from lab_utils.planner.timing import Rates
+from lab_utils.planner.rates import Rates
 from lab_utils.planner.work import Product
 
 

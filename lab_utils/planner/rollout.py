@@ -18,7 +18,7 @@ from lab_utils.planner.kept import width
 from lab_utils.planner.network import Group, all_to_all
 from lab_utils.planner.numbers import Numbers
 from lab_utils.planner.placed import Placed, place
-from lab_utils.planner.timing import Rates
+from lab_utils.planner.rates import Rates
 from lab_utils.recipe import Recipe
 
 

@@ -20,7 +20,8 @@ from lab_utils.planner.cluster import Cluster
 from lab_utils.planner.kept import width
 from lab_utils.planner.memory import StageMemory
 from lab_utils.planner.placed import Placed, place
-from lab_utils.planner.timing import Rates, StepTime
+from lab_utils.planner.rates import Rates
+from lab_utils.planner.timing import StepTime
 from lab_utils.recipe import ParallelSection, Recipe
 
 KINDS = ("none", "mhc", "attention", "full")  # what is made again, the least first

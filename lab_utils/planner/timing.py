@@ -25,6 +25,7 @@ from lab_utils.planner import kept, work
 from lab_utils.planner.assumptions import Assumptions
 from lab_utils.planner.network import Group, all_to_all, message, ring
 from lab_utils.planner.placed import Placed, Stage, place
+from lab_utils.planner.rates import Rates, other_end
 from lab_utils.planner.update import alike_key, data_group, once, state_in
 from lab_utils.recipe import Recipe
 
@@ -40,7 +41,7 @@ GROUPS = {
     "recompute": "recomputation",
     "accumulate": "gradients into fp32 buffers",
     "all_to_all": "all-to-all",
-    "host_waits": "waits for the host",
+    "host_waits": "waits for the host, calls",
     "context": "exchange within rows",
     "messages": "pipeline messages",
     "bubble": "pipeline bubble",
@@ -107,41 +108,6 @@ class StepTime:
         name = max((each for each in self.terms if each != "products"), key=lambda each: self.terms[each])
         share = 100 * self.terms[name] / self.seconds
         return f"{GROUPS[name]}, {share:.0f} % of the step"
-
-
-class Rates:
-    """Seconds of products, operators and memory on a device, under assumptions."""
-
-    def __init__(self, cluster: Cluster, assumed: Assumptions) -> None:
-        device, found = cluster.device, cluster.efficiency
-        self.cluster, self.assumed, case = cluster, assumed, assumed.case
-        self._peak = device.tflops.value * 1e12
-        self._working = self._peak
-        if assumed.fp8 and device.tflops_fp8 is not None:
-            self._working = device.tflops_fp8.value * 1e12
-        self._fp32 = device.tflops_fp32.of(case) * 1e12
-        self._curve, self._sustained = found.products, found.sustained.of(case)
-        self.attention = found.attention.of(case) * self._peak
-        self.bandwidth = device.bandwidth_tb_s.value * 1e12 * found.memory.of(case)
-        self._known: dict[work.Product, float] = {}
-
-    def product(self, one: work.Product) -> float:
-        """Forward seconds: by the size of the product, but not faster than its operands come from memory."""
-        found = self._known.get(one)
-        if found is None:
-            edge = (one.rows * one.inner * one.outer) ** (1 / 3)
-            narrow = min(1.0, one.rows / 128, one.inner / 128, one.outer / 128)  # a tile of the matrix unit
-            share = self._curve.at(edge * one.groups ** (1 / 3)) * narrow * self._sustained
-            working = one.precision == "working"
-            rate = self._working * share if working else self._fp32 * narrow * self._sustained
-            size = 2 if working else 4
-            operands = one.rows * one.inner + one.inner * one.outer + one.rows * one.outer
-            found = max(one.flops / rate, one.groups * operands * size / self.bandwidth)
-            if working and self.assumed.fp8:  # operands are read in bf16, scaled and written in fp8
-                cast = one.rows * one.inner + one.inner * one.outer
-                found += 3.0 * one.groups * cast / self.bandwidth
-            self._known[one] = found
-        return found
 
 
 def step_time(
@@ -213,7 +179,7 @@ def _micro_batch(
     options = {
         "indexer_loss": model.indexer_loss > 0,
         "warmup": model.indexer_phase == "warmup",
-        "fused": assumed.kernels == "fused",
+        "fused": rates.fused,
         "cp": placed.cp,
     }
     terms = dict.fromkeys(GROUPS, 0.0)
@@ -298,7 +264,10 @@ def seconds(
         beside = min(one_way, shared) if own.shared_beside else 0.0
         travel = (own.exchanges * one_way - beside) * (1 - assumed.hidden_exchange)
         forward["all_to_all"] = backward["all_to_all"] = travel
-        forward["host_waits"] = rates.cluster.host_wait_us.of(_other(assumed.case)) * 1e-6
+        forward["host_waits"] = rates.cluster.host_wait_us.of(other_end(assumed.case)) * 1e-6
+    if own.attention and (calls := rates.cluster.layer_calls_us) is not None:
+        forward["host_waits"] += calls.value * 1e-6 / 3
+        backward["host_waits"] += calls.value * 1e-6 * 2 / 3
     if own.before:
         forward["context"], backward["context"] = within_rows(own, placed, rates)
     terms = {name: forward[name] + backward[name] for name in forward}
@@ -318,8 +287,3 @@ def within_rows(own: work.Work, placed: Placed, rates: Rates) -> tuple[float, fl
     ahead = message(cluster, sharers, own.before, case)
     forward, backward = (ring(cluster, sharers, each, case) for each in (own.entries, own.entries_backward))
     return ahead + forward, ahead + backward
-
-
-def _other(case: str) -> str:
-    """Of waits, the low end is the good one."""
-    return {"low": "high", "high": "low"}.get(case, "expected")

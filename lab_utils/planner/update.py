@@ -15,7 +15,7 @@ from lab_utils.planner.state import State, state_of
 from lab_utils.recipe import Recipe
 
 if TYPE_CHECKING:
-    from lab_utils.planner.timing import Rates
+    from lab_utils.planner.rates import Rates
 
 
 def alike_key(placed: Placed, stage: Stage) -> tuple:

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from lab_utils import collectives
 from lab_utils.accelerators import get_accelerator
@@ -24,6 +23,7 @@ from lab_utils.engine.parts import Parts, model_of
 from lab_utils.engine.traffic import counted
 from lab_utils.engine.twin.collectives import to_json
 from lab_utils.engine.twin.doors import patched
+from lab_utils.engine.twin.follow import Following
 from lab_utils.engine.twin.job import Job, Rows
 from lab_utils.engine.twin.ledger import Ledger
 from lab_utils.engine.twin.run import _name_moments, _name_state, _settle_before_backward, step_of
@@ -56,21 +56,6 @@ def _parts(
     model = model_of(recipe, device=device, defer=True)
     rows = Rows(recipe.rows_per_step // world, recipe.data.row_tokens)
     return Parts(model=model, train=rows, objective=Sft(), write_config=lambda folder: None)
-
-
-class Following(TorchDispatchMode):
-    """The twin's ledger, fed by tensors that have memory."""
-
-    def __init__(self, ledger: Ledger) -> None:
-        super().__init__()
-        self.ledger = ledger
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (list, tuple)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.ledger.see(tensor, str(func))
-        return out
 
 
 def evenly(router: Router, x_ND, context, given_Nk=None, *, real=Router.forward):

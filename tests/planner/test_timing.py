@@ -7,8 +7,9 @@ from lab_utils.planner import work
 from lab_utils.planner.assumptions import Assumptions
 from lab_utils.planner.cluster import find
 from lab_utils.planner.numbers import numbers
+from lab_utils.planner.rates import Rates
 from lab_utils.planner.rollout import experts_read, rollout_time
-from lab_utils.planner.timing import GROUPS, Rates, step_time
+from lab_utils.planner.timing import GROUPS, step_time
 from lab_utils.recipe import Recipe
 
 CLUSTER = find("ascend-910c")
