@@ -236,7 +236,7 @@ def find(name: str | Path | Cluster) -> Cluster:
             return read(path)
     if str(name) == "local":
         raise RecipeError(
-            "--cluster local: this machine hasn't been measured; run `lab doctor --measure` (a minute), then again."
+            "--cluster local: this machine hasn't been measured; run `lab doctor --measure` (two minutes), then again."
         )
     raise RecipeError(
         f"--cluster {name}: there is no such cluster, {nearest(str(name), known())} or give a .yaml file."
