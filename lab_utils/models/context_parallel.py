@@ -1,8 +1,8 @@
 """Context parallelism: the tokens of a row over the ranks of a group, in runs of equal length.
 
 What a run needs of the others travels by three exchanges: the tokens just before it (keys of its first queries), small
-compressed entries of the whole row, and which experts the row's tokens have chosen. Each rank's gradients are those of
-its own tokens; the engine sums them over ranks as it sums those of different rows.
+compressed entries of the whole row, and the experts' load by documents that go on in other runs. Each rank's gradients
+are those of its own tokens; the engine sums them over ranks as it sums those of different rows.
 
 Legend: B rows, T tokens of a run, n tokens before it, D any width, R ranks of the group, c and C entries of a run and
 of the row.
@@ -45,12 +45,8 @@ class ContextParallel:
         """``[B, C, D]`` of all ranks' ``[B, c, D]``; ``order [B·C]`` says which of ``[B·R·c]`` comes where."""
         return _OfRow.apply(x_BcD, order, count, self)
 
-    def whole(self, x_BT: Tensor) -> Tensor:
-        """The row's ``[B, R·T, …]`` of all ranks' ``[B, T, …]``, without a gradient."""
-        return self._gathered(x_BT).transpose(0, 1).flatten(1, 2)
-
-    def _gathered(self, x: Tensor) -> Tensor:
-        """``[R, …]`` of all ranks' equal ``[…]``."""
+    def gathered(self, x: Tensor) -> Tensor:
+        """``[R, …]`` of all ranks' equal ``[…]``, without a gradient."""
         x = x.contiguous()
         out = x.new_empty(self.ranks, *x.shape)
         collectives.all_gather(out.flatten(0, 1), x, group=self.group)
@@ -94,7 +90,7 @@ class _OfRow(torch.autograd.Function):
         ctx.save_for_backward(order)
         ctx.parts, ctx.shape = parts, x_BcD.shape
         B, _, D = x_BcD.shape
-        held = parts._gathered(x_BcD).transpose(0, 1).reshape(-1, D)
+        held = parts.gathered(x_BcD).transpose(0, 1).reshape(-1, D)
         return held.index_select(0, order).view(B, count, D)
 
     @staticmethod

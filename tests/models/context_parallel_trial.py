@@ -73,7 +73,9 @@ def main(folder: Path, seed: int) -> None:
     for name in sorted(found):
         dist.all_reduce(found[name])
     hidden = output.hidden_BTD.detach()
-    found["hidden"] = hidden if model.parts is None else model.parts.whole(hidden)
+    found["hidden"] = (
+        hidden if model.parts is None else model.parts.gathered(hidden).transpose(0, 1).flatten(1, 2)
+    )
     if dist.get_rank() == 0:
         torch.save(found, folder / f"{ranks}-{seed}.pt")
     dist.barrier()

@@ -31,20 +31,44 @@ def sequence_balance(scores_NE: Tensor, experts_Nk: Tensor, context: Context) ->
         context: says where documents lie, and which tokens count.
     """
     geometry, counted = context.geometry, context.counted_BT[..., None]
-    (B, T), E = (geometry.B, geometry.whole.T), scores_NE.shape[1]
-    chosen_BTE = torch.zeros(B, T, E, dtype=torch.int32, device=scores_NE.device)
-    experts_BTk = context.of_all_tokens(experts_Nk.view(B, geometry.T, -1).to(torch.int32))
-    chosen_BTE = chosen_BTE.scatter_(2, experts_BTk.long(), 1) * context.counted(geometry.whole)[..., None]
+    (B, T), E = counted.shape[:2], scores_NE.shape[1]
+    chosen_BTE = torch.zeros(B * T, E, dtype=torch.int32, device=scores_NE.device)
+    chosen_BTE = chosen_BTE.scatter_(1, experts_Nk, 1).view(B, T, E) * counted
     # A document's load at each of its tokens, from running sums over the row: whole numbers, so exact in any order.
     sums_BTE = chosen_BTE.cumsum(1, dtype=torch.int32)
-    first_BT = geometry.start_BT + geometry.start
-    last_BT = first_BT + geometry.length_BT - 1
+    first_BT = geometry.start_BT.clamp(min=0)
+    last_BT = (geometry.start_BT + geometry.length_BT - 1).clamp(max=T - 1)
     load_BTE = sums_BTE.gather(1, last_BT[..., None].expand(-1, -1, E))
     load_BTE -= (sums_BTE - chosen_BTE).gather(1, first_BT[..., None].expand(-1, -1, E))
+    if context.parts is not None:
+        _add_other_runs(load_BTE, context)
     length_BT1 = (geometry.length_BT - context.tail).clamp(min=1)[..., None].to(scores_NE.dtype)
     factor_BT1 = counted * (E / experts_Nk.shape[1]) / length_BT1.square()
     factor_NE = (load_BTE * factor_BT1).view(-1, E)
     return (scores_NE / scores_NE.sum(-1, keepdim=True) * factor_NE).sum()
+
+
+@torch.no_grad()
+def _add_other_runs(load_BTE: Tensor, context: Context) -> None:
+    """Complete the load of documents that began before this rank's run of the rows, or go on after it.
+
+    Each run tells the load, within it, of the document at its first token and of the one at its last.
+    """
+    geometry, parts, T = context.geometry, context.parts, load_BTE.shape[1]
+    edges_RB2E = parts.gathered(load_BTE[:, [0, -1]])
+    run_RB = torch.arange(parts.ranks, device=load_BTE.device)[:, None]
+    end_BT = geometry.start_BT + geometry.length_BT
+    begun_B = (
+        geometry.start + geometry.start_BT[:, 0]
+    ) // T  # the run in which the first token's document began
+    ended_B = (geometry.start + end_BT[:, -1] - 1) // T
+    before_RB = (run_RB >= begun_B) & (run_RB < parts.rank)
+    after_RB = (run_RB > parts.rank) & (run_RB <= ended_B)
+    # In a run that a document fills, both of its edges are the document's.
+    before_BE = (edges_RB2E[:, :, 1] * before_RB[..., None]).sum(0, dtype=load_BTE.dtype)
+    after_BE = (edges_RB2E[:, :, 0] * after_RB[..., None]).sum(0, dtype=load_BTE.dtype)
+    load_BTE += before_BE[:, None] * (geometry.start_BT < 0)[..., None]
+    load_BTE += after_BE[:, None] * (end_BT > T)[..., None]
 
 
 @torch.no_grad()

@@ -67,10 +67,6 @@ class Context:
             entries_BcK, self.geometry.windows(rate).order, self.geometry.entries(rate).count
         )
 
-    def of_all_tokens(self, x_BT: Tensor) -> Tensor:
-        """The whole rows' ``[B, T, …]``, without a gradient."""
-        return x_BT if self.parts is None else self.parts.whole(x_BT)
-
     def ahead(self, x_BT: Tensor, tokens: int) -> Tensor:
         """What stands so many places on in a tensor of the whole rows, at this rank's tokens."""
         moved_BT = x_BT.roll(-tokens, 1)
@@ -82,9 +78,7 @@ class Context:
     @cached_property
     def counted_BT(self) -> Tensor:
         """Tokens that count in the experts' load: no padding, and none of a document's ``tail``."""
-        return self.counted(self.geometry)
-
-    def counted(self, geometry: Geometry) -> Tensor:
+        geometry = self.geometry
         return geometry.real_BT & (geometry.local_BT < geometry.length_BT - self.tail)
 
 
