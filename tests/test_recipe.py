@@ -193,6 +193,24 @@ def test_recipes_and_keys_in_the_docs_are_of_this_version(page):
         assert any(f"{each}.".startswith(f"{key}.") for each in known), f"{page.name} names {key}"
 
 
+def test_rows_cut_over_ranks_are_for_losses_that_are_sums_over_tokens():
+    assert Recipe.load("sft_tiny").with_changes({"parallel.cp": 2}).parallel.cp == 2
+    for name in ("preference_tiny", "grpo_tiny"):
+        with pytest.raises(RecipeError, match=r"compares whole answers: set parallel\.cp to 1"):
+            Recipe.load(name).with_changes({"parallel.cp": 2})
+
+
+def test_rows_are_dealt_out_to_the_groups_that_share_them(recipe):
+    changes = {
+        "parallel.cp": 4,
+        "schedule.batch_tokens": 8 * recipe.data.row_tokens,
+        "schedule.micro_rows": 1,
+    }
+    assert recipe.with_changes(changes).layout(8) == (2, 1, 4)
+    with pytest.raises(LayoutError, match="shared evenly by 8 groups of 4 ranks"):
+        recipe.with_changes({**changes, "schedule.batch_tokens": 4 * recipe.data.row_tokens}).layout(32)
+
+
 def test_a_reward_model_with_token_prediction_is_refused(recipe):
     with pytest.raises(RecipeError, match=r"mtp_loss=0\.1 predicts tokens, and a reward model"):
         recipe.with_changes({"objective": {"kind": "reward"}, "model.mtp_loss": 0.1})

@@ -1,4 +1,4 @@
-"""One forward and backward pass of ``tiny`` with every training signal, on rows cut over ranks: ``FOLDER SEED``.
+"""One forward and backward pass of ``tiny`` with every training signal, on rows cut over ranks: ``FOLDER SEED PHASE``.
 
 By ``lab_utils.launchers._forked``. Rank 0 writes what the ranks found together; on one rank rows are whole.
 """
@@ -35,7 +35,7 @@ def rows(g: torch.Generator, vocabulary: int) -> tuple[Tensor, ...]:
     return ids, positions, documents, weights.double()
 
 
-def main(folder: Path, seed: int) -> None:
+def main(folder: Path, seed: int, phase: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     ranks = dist.get_world_size()
@@ -44,6 +44,7 @@ def main(folder: Path, seed: int) -> None:
         dtype="float32",
         seed=seed,
         indexer_loss=0.1,
+        indexer_phase=phase,
         mtp_loss=0.3,
         balance_loss=0.1,
         balance_rate=0.01,
@@ -82,4 +83,4 @@ def main(folder: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    main(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

@@ -37,6 +37,17 @@ def test_pro_on_1024_packages_has_the_parameters_and_flops_of_the_report_and_fit
     assert best["binding"] and best["layout"]["dp"] * best["layout"]["cp"] * best["layout"]["pp"] == 2048
 
 
+def test_rows_of_32k_tokens_fit_where_ranks_share_them_and_not_whole():
+    longer = Recipe.load("v4_pro_sft").with_changes({"data.row_tokens": 32768})
+    made = plan(longer, "ascend-910c", 1024)
+    assert made.fits and made.best.placed.cp >= 8 and made.best.placed.tokens == 6144 * 4096
+    whole = [c for c in made.found.fitting if c.placed.cp == 1]
+    assert not whole
+    for candidate in made.found.fitting:
+        placed = candidate.placed
+        assert placed.dp * placed.cp * placed.pp == 2048 and placed.micro_tokens * placed.cp % 32768 == 0
+
+
 def test_the_search_is_quick():
     start = time.process_time()
     plan("v4_pro_sft", "ascend-910c", 1024)
