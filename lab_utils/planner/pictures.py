@@ -146,7 +146,7 @@ def scaling(made: Plan, chips: Sequence[int] = CHIPS, *, grow_batch: bool = True
         ylabel="MFU, %", title="Utilisation, and the range of the efficiencies", ylim=(0, 1.12 * max(high))
     )
     for p in fitting:
-        degrees = [part for part in p["layout"].split(" ") if part.startswith(("pp", "ep", "v"))]
+        degrees = [part for part in p["layout"].split(" ") if part.startswith(("cp", "pp", "ep", "v"))]
         place = (p["chips"], 100 * p["mfu"])
         right.annotate(
             "\n".join(degrees),
