@@ -270,8 +270,9 @@ def out_of_memory(found: Candidate, cluster: Cluster, then: str = "lab plan with
     full = found.fullest
     largest = sorted(full.terms, key=lambda name: -full.terms[name])[:3]
     terms = ", ".join(f"{name} {full.terms[name]:.1f}" for name in largest)
+    again = "" if found.recipe.model.checkpointing == "full" else "model.checkpointing=full, "
     knob = {
-        "activations": "model.checkpointing=full, fewer micro-rows, or rows cut over more ranks (parallel.cp)",
+        "activations": f"{again}fewer micro-rows, or rows cut over more ranks (parallel.cp)",
         "streams": "rows cut over more ranks (parallel.cp), or fewer micro-rows",
         "temporary": "fewer schedule.micro_rows",
         "masters": "more chips, or parallel.offload",
