@@ -12,8 +12,8 @@ from typing import Any
 
 from lab_utils.errors import LayoutError, RunError
 from lab_utils.launchers._forked import command
+from lab_utils.planner.fitted import bench_recipe
 from lab_utils.planner.layouts import layout_names
-from lab_utils.recipe import Recipe
 from lab_utils.registry import nearest
 
 
@@ -94,17 +94,9 @@ def bench_layout(
         stages = changes["parallel.pp"] * changes.get("parallel.virtual_stages", 1)
         if stages > layers and not layouts:
             continue  # of all layouts those that the model has layers for
-        recipe = Recipe.parse(
-            {
-                "name": "bench",
-                "model": {"source": source, "dtype": dtype},
-                "data": {"train": [{"manifest": "none"}], "row_tokens": row_tokens},
-                "optim": {"kind": optimizer},
-                "schedule": {"steps": 1000, "batch_tokens": rows * row_tokens},
-                "cluster": {"accelerator": accelerator, "nproc": world},
-                "tracking": {"wandb": "disabled"},
-            }
-        ).with_changes(changes)
+        machine = {"cluster.accelerator": accelerator, "cluster.nproc": world}
+        settings = {"model.dtype": dtype, "optim.kind": optimizer, **machine, **changes}
+        recipe = bench_recipe(source, rows, row_tokens, settings)
         recipe.layout(world)  # what does not fit is said before a job starts
         with tempfile.TemporaryDirectory() as folder:
             options = {

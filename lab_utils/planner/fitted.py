@@ -17,7 +17,7 @@ FITTED_ON = (("preset:reference", 4, 1024), ("preset:tiny", 2, 128))
 
 
 def bench_recipe(source: str, rows: int, row_tokens: int, changes: dict[str, Any]) -> Recipe:
-    """The recipe that ``lab bench layout`` runs at its defaults."""
+    """The recipe of ``lab bench layout``: fp32 and AdamW on CPUs, but for ``changes``."""
     tree = {
         "name": "bench",
         "model": {"source": source, "dtype": "float32"},
@@ -31,15 +31,15 @@ def bench_recipe(source: str, rows: int, row_tokens: int, changes: dict[str, Any
 
 
 def steps(ranks: int) -> list[dict[str, Any]]:
-    """Measured: ``source``, ``rows`` (of all ranks), ``row_tokens``, ``ranks``, ``seconds`` of a step, ``peak_mib``,
-    ``resident_mib`` and, of the first, ``tensors_mib``."""
+    """Measured: ``source``, ``rows`` (of all ranks), ``row_tokens``, ``ranks``, ``seconds`` of a step, ``peak_mib``
+    and ``resident_mib``."""
     from lab_utils.bench.layouts import bench_layout
 
     found = []
     for source, rows, row_tokens in FITTED_ON:
         size = {"source": source, "rows": rows * ranks, "row_tokens": row_tokens}
         name = f"dp{ranks}_ep1_pp1"
-        (row,) = bench_layout(ranks, layouts=[name], steps=7, accelerator="cpu", follow=not found, **size)
+        (row,) = bench_layout(ranks, layouts=[name], steps=7, accelerator="cpu", **size)
         seconds = rows * ranks * row_tokens / row.pop("tokens_per_s")
         found.append({**size, "ranks": ranks, "seconds": seconds, **row})
     return found
