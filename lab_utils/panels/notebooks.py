@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from lab_utils.errors import RecipeError, RunError
 from lab_utils.registry import nearest
 
 NOTEBOOKS = Path(__file__).resolve().parents[2] / "notebooks"
+KERNEL_TRIES = 3
 
 
 def find_notebook(name: str) -> Path:
@@ -65,9 +67,9 @@ def execute(name: str, parameters: dict[str, Any], *, root: Path, progress: bool
         ``notebook`` (path of the executed copy), ``runs`` (paths of the runs that it launched), ``seconds``.
 
     Raises:
-        RunError: a cell failed; the message has the cell's error, and where the half-executed copy is.
+        RunError: a cell failed; the message has the cell's error, and where the half-executed copy is. Or no kernel
+            came up.
     """
-    import papermill
     from papermill.exceptions import PapermillExecutionError
 
     path = find_notebook(name)
@@ -81,14 +83,7 @@ def execute(name: str, parameters: dict[str, Any], *, root: Path, progress: bool
     kept = {key: os.environ.get(key) for key in environment}
     os.environ.update(environment)
     try:
-        papermill.execute_notebook(
-            str(path),
-            str(executed),
-            parameters=parameters,
-            kernel_name="python3",
-            language="python",
-            progress_bar=progress,
-        )
+        _execute(path, executed, parameters, progress)
     except PapermillExecutionError as error:
         raise RunError(
             f"{path.name}: cell {error.cell_index} failed with {error.ename}: "
@@ -106,6 +101,36 @@ def execute(name: str, parameters: dict[str, Any], *, root: Path, progress: bool
         executed = executed.rename(runs[0] / path.name)
         write_html(executed)
     return {"notebook": str(executed), "runs": [str(run) for run in runs], "seconds": time.time() - started}
+
+
+def _execute(path: Path, executed: Path, parameters: dict[str, Any], progress: bool) -> None:
+    """papermill on a fresh kernel. Kernels that start at the same time may draw the same free port, and one of them
+    dies before its first cell: then it is tried again.
+
+    Raises:
+        RunError: no kernel came up.
+    """
+    import papermill
+
+    for left in reversed(range(KERNEL_TRIES)):
+        try:
+            papermill.execute_notebook(
+                str(path),
+                str(executed),
+                parameters=parameters,
+                kernel_name="python3",
+                language="python",
+                progress_bar=progress,
+            )
+            return
+        except RuntimeError as error:  # papermill's own, of a cell, is none
+            if "before replying to kernel_info" not in str(error):
+                raise
+            if not left:
+                raise RunError(
+                    f"{path.name}: its kernel died {KERNEL_TRIES} times before the first cell ({error}): try "
+                    f"`{sys.executable} -m ipykernel_launcher`, which says why."
+                ) from None
 
 
 def _launched_by(root: Path, executed: Path) -> list[Path]:

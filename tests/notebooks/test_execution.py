@@ -136,3 +136,23 @@ def test_alignment_runs_from_parameters_to_before_and_after(aligned, name):
     assert Path(done["notebook"]).parent.parent == run.parent
     assert Path(done["notebook"]).read_text().count("image/png") >= 2
     assert len(done["runs"]) == (3 if name == "40_distill" else 1)
+
+
+@pytest.mark.parametrize("deaths, comes_up", [(1, True), (3, False)])
+def test_a_kernel_that_dies_before_its_first_cell_is_started_again(tmp_path, monkeypatch, deaths, comes_up):
+    import papermill
+
+    tried = []
+
+    def execute(path, executed, **options):
+        tried.append(path)
+        if len(tried) <= deaths:
+            raise RuntimeError("Kernel died before replying to kernel_info")
+        Path(executed).write_text(Path(path).read_text())
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    if comes_up:
+        assert Path(notebooks.execute("00_tour", {}, root=tmp_path)["notebook"]).exists() and len(tried) == 2
+    else:
+        with pytest.raises(RunError, match="its kernel died 3 times before the first cell"):
+            notebooks.execute("00_tour", {}, root=tmp_path)
