@@ -26,6 +26,7 @@ from lab_utils.engine.clock import StepClock
 from lab_utils.engine.control import Stop, StopRequests
 from lab_utils.engine.rows import Rows
 from lab_utils.engine.writer import Writer
+from lab_utils.engine.zero import norm_of
 from lab_utils.errors import CheckpointError
 from lab_utils.optim.dealing import assign, even_shards
 from lab_utils.recipe import Recipe
@@ -435,3 +436,15 @@ def test_the_dense_matrices_of_a_stage_of_pro_go_over_some_ranks_of_128() -> Non
     sizes = [view.size for name, shape in stage for view in matrices(name, shape, config) or []]
     shards = even_shards(sizes, 128)
     assert 8 <= shards <= 16
+
+
+@given(st.integers(0, 5000), st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_a_norm_is_that_of_fp64(length: int, seed: int) -> None:
+    flat = torch.randn(length, generator=torch.Generator().manual_seed(seed))
+    assert float(norm_of(flat)) == pytest.approx(float(flat.double().norm()), rel=1e-6)
+
+
+def test_a_norm_of_millions_loses_nothing_on_a_cpu() -> None:
+    flat = torch.randn(6_000_001, generator=torch.Generator().manual_seed(0))
+    assert float(norm_of(flat)) == pytest.approx(float(flat.double().norm()), rel=1e-6)
