@@ -190,7 +190,7 @@ def plan(
     path: Path = typer.Option(None, "--write", help="Write figures and runs to this YAML file."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """The planner's time and memory beside runs on this machine's cores, which is measured first; five minutes."""
+    """The planner's time and memory beside runs on this machine's cores, which is measured first; ten minutes."""
     from lab_utils.bench.plan import bench_plan, write
 
     found = bench_plan(nproc, steps, lambda run: say(f"measured {run['source']}, {run['layout']}"))

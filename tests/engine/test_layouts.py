@@ -84,10 +84,13 @@ def test_a_planted_error_is_found() -> None:
 
 
 def test_the_bench_tells_speed_traffic_and_memory() -> None:
-    rows = bench_layout(2, layouts=["dp2_ep1_pp1", "dp2_ep2_pp1"], rows=4, row_tokens=64, steps=1)
+    layouts = ["dp2_ep1_pp1", "dp2_ep2_pp1"]
+    rows = bench_layout(2, layouts=layouts, rows=4, row_tokens=64, steps=1, follow=True)
     assert [row["layout"] for row in rows] == ["dp2_ep1_pp1", "dp2_ep2_pp1"]
     for row in rows:
         assert row["tokens_per_s"] > 0 and row["bytes_sent_per_rank"] > 1e5 and row["peak_mib"] > 100
+        # The process holds Python and torch besides its tensors: weights, gradients, moments and what a step keeps.
+        assert 30 < row["tensors_mib"] < row["peak_mib"] - 0.8 * row["resident_mib"]
     # Experts of one rank each are neither summed nor gathered; their tokens travel instead.
     assert rows[1]["bytes_sent_per_rank"] != rows[0]["bytes_sent_per_rank"]
 
