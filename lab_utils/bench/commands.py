@@ -186,11 +186,11 @@ def layout(
 @app.command()
 def plan(
     nproc: int = typer.Option(2, min=2, help="Ranks, of one core each."),
-    steps: int = typer.Option(7, min=1, help="Timed steps of a run."),
+    steps: int = typer.Option(5, min=1, help="Timed steps of a run."),
     path: Path = typer.Option(None, "--write", help="Write figures and runs to this YAML file."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
-    """The planner's time and memory beside runs on this machine's cores, which is measured first; ten minutes."""
+    """The planner's time and memory beside runs on this machine's cores, which is measured first; half an hour."""
     from lab_utils.bench.plan import bench_plan, write
 
     found = bench_plan(nproc, steps, lambda run: say(f"measured {run['source']}, {run['layout']}"))

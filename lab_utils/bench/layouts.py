@@ -94,9 +94,13 @@ def bench_layout(
         stages = changes["parallel.pp"] * changes.get("parallel.virtual_stages", 1)
         if stages > layers and not layouts:
             continue  # of all layouts those that the model has layers for
-        machine = {"cluster.accelerator": accelerator, "cluster.nproc": world}
-        settings = {"model.dtype": dtype, "optim.kind": optimizer, **machine, **changes}
-        recipe = bench_recipe(source, rows, row_tokens, settings)
+        settings = {
+            "model.dtype": dtype,
+            "optim.kind": optimizer,
+            "cluster.accelerator": accelerator,
+            **changes,
+        }
+        recipe = bench_recipe(source, rows, row_tokens, {"cluster.nproc": world, **settings})
         recipe.layout(world)  # what does not fit is said before a job starts
         with tempfile.TemporaryDirectory() as folder:
             options = {
@@ -114,6 +118,24 @@ def bench_layout(
         if on_row:
             on_row(found[-1])
     return found
+
+
+def seconds_of(world: int, runs: list[dict[str, Any]], steps: int) -> list[float]:
+    """Seconds of a step of each run, in one job in which they take turns.
+
+    Args:
+        runs: ``source``, ``rows``, ``row_tokens`` and ``layout`` of each.
+    """
+    recipes = []
+    for run in runs:
+        changes = {**layout_names(world)[run["layout"]], "cluster.nproc": world, "cluster.accelerator": "cpu"}
+        recipe = bench_recipe(run["source"], run["rows"], run["row_tokens"], changes)
+        recipe.layout(world)
+        recipes.append(recipe.model_dump(mode="json"))
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"folder": folder, "recipes": recipes, "warmup": 2, "steps": steps}
+        _job(world, "lab_utils.engine.bench", options)
+        return json.loads((Path(folder) / "row.json").read_text())["seconds"]
 
 
 def shards_of(source: str, ranks: int, degrees: dict[str, int], mtp: bool) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """The planner beside runs of this machine's cores: seconds of a step, tensors at its fullest moment, the process.
 
-The machine is measured first (``planner/measure.py``), which runs steps of two models under data parallelism; from
-there on everything is predicted, and then run. What is written joins ``docs/calibration.md`` from ``planner/own``.
+The machine is measured first (``planner/measure.py``). From there on memory is predicted, and seconds from two steps
+that take turns with those of the run, in one job: a machine that is shared is half as fast again at one time as at
+another, and within a minute. What is written joins ``docs/calibration.md`` from ``planner/own``.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from lab_utils.bench.layouts import bench_layout
-from lab_utils.planner.fitted import fitted
+from lab_utils.bench.layouts import bench_layout, seconds_of
+from lab_utils.planner.fitted import fitted, fitted_on
 from lab_utils.planner.layouts import layout_names
 from lab_utils.planner.measure import measure, tree_of
 from lab_utils.planner.own import predicted
@@ -25,7 +26,8 @@ LAYOUTS = ("ep1_pp1", "cp2_ep1_pp1", "ep2_pp1", "ep1_pp2", "ep1_pp2_v2")
 
 def bench_plan(ranks: int, steps: int, on_row: Any = None) -> dict[str, Any]:
     """``machine``, ``cluster`` (its YAML) and ``runs``: rows of ``source``, ``rows``, ``row_tokens``, ``layout``,
-    ``seconds``, ``tensors_mib``, ``peak_mib``, and under ``predicted`` the same three."""
+    ``seconds``, ``beside`` (of the two steps, by the order of ``FITTED_ON``), ``tensors_mib``, ``peak_mib``, and under
+    ``predicted`` what of these is."""
     from lab_utils.accelerators.cpu import Cpu
 
     found = measure()
@@ -35,9 +37,10 @@ def bench_plan(ranks: int, steps: int, on_row: Any = None) -> dict[str, Any]:
     for source, rows, row_tokens in SIZES:
         size = {"source": source, "rows": rows * ranks, "row_tokens": row_tokens}
         for name in _of(ranks):
-            (row,) = bench_layout(ranks, layouts=[name], steps=steps, accelerator="cpu", follow=True, **size)
             run = {**size, "ranks": ranks, "layout": name}
-            run["seconds"] = round(size["rows"] * row_tokens / row["tokens_per_s"], 4)
+            *beside, seconds = seconds_of(ranks, [*fitted_on(ranks), run], steps)
+            run |= {"seconds": round(seconds, 4), "beside": [round(each, 4) for each in beside]}
+            (row,) = bench_layout(ranks, layouts=[name], steps=3, accelerator="cpu", follow=True, **size)
             run |= {key: round(row[key], 1) for key in ("tensors_mib", "peak_mib")}
             runs.append({**run, "predicted": predicted(cluster, run)})
             if on_row:

@@ -1,4 +1,4 @@
-"""Speed, traffic and memory of a layout; a worker of ``lab bench layout``.
+"""Speed, traffic and memory of a layout; a worker of ``lab bench layout`` and ``lab bench plan``.
 
 ``torchrun … -m lab_utils.engine.bench options.json``
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -60,8 +61,45 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
     accelerator = get_accelerator(recipe.cluster.accelerator)
     colossal.start(accelerator, 0)
     resident = psutil.Process().memory_info().rss / 2**20
-    folder = Path(options["folder"])
+    engine = _engine(recipe, accelerator, Path(options["folder"]))
+    if options.get("follow"):
+        return {"tensors_mib": max(gather_objects(_followed(engine))) / 2**20}
+    engine.open()
+    accelerator.reset_memory_peak()
+    times, sent = [], 0
+    for step in range(options["warmup"] + options["steps"]):
+        with counted() as traffic:
+            seconds = _step(engine)
+        if step >= options["warmup"]:
+            times.append(seconds)
+            sent = max(sent, sum(traffic.values()))
+    found = gather_objects((sent, accelerator.memory().allocated_peak / 2**20, resident))
+    return {
+        "tokens_per_s": recipe.schedule.batch_tokens / statistics.median_high(times),
+        "bytes_sent_per_rank": max(each[0] for each in found),
+        "peak_mib": max(each[1] for each in found),
+        "resident_mib": max(each[2] for each in found),
+    }
+
+
+def side_by_side(options: dict[str, Any]) -> dict[str, Any]:
+    """``seconds`` of a step of each of ``recipes``, in one job: a step of one, then of the next, so that what a shared
+    machine's other users take is taken from all alike."""
+    recipes = [Recipe.parse(tree) for tree in options["recipes"]]
+    accelerator = get_accelerator(recipes[0].cluster.accelerator)
+    colossal.start(accelerator, 0)
+    engines = []
+    for number, recipe in enumerate(recipes):
+        engines.append(_engine(recipe, accelerator, Path(options["folder"]) / str(number)))
+        engines[-1].open()
+    times = [[_step(engine) for engine in engines] for _ in range(options["warmup"] + options["steps"])]
+    return {"seconds": [statistics.median(each) for each in zip(*times[options["warmup"] :], strict=True)]}
+
+
+def _engine(recipe: Recipe, accelerator: Any, folder: Path) -> Engine:
+    """An engine of the recipe on random rows, not open yet."""
     if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
         RunDirectory(folder).write_status(state="created")
     dist.barrier()
 
@@ -73,29 +111,17 @@ def measure(options: dict[str, Any]) -> dict[str, Any]:
         train = RandomRows(recipe.rows_per_step, recipe.data.row_tokens, vocabulary, rank, world)
         return Parts(model=model, train=train, objective=Sft(), write_config=lambda folder: None)
 
-    engine = Engine(recipe, accelerator, RunDirectory(folder), build)
-    if options.get("follow"):
-        return {"tensors_mib": max(gather_objects(_followed(engine))) / 2**20}
-    engine.open()
-    accelerator.reset_memory_peak()
-    times, sent = [], 0
-    for step in range(options["warmup"] + options["steps"]):
-        dist.barrier()
-        start = time.perf_counter()
-        with counted() as traffic:
-            engine.update(engine.forward_backward(engine.load(Stop.NO)))
-        accelerator.synchronize()
-        dist.barrier()
-        if step >= options["warmup"]:
-            times.append(time.perf_counter() - start)
-            sent = max(sent, sum(traffic.values()))
-    found = gather_objects((sent, accelerator.memory().allocated_peak / 2**20, resident))
-    return {
-        "tokens_per_s": recipe.schedule.batch_tokens / sorted(times)[len(times) // 2],
-        "bytes_sent_per_rank": max(each[0] for each in found),
-        "peak_mib": max(each[1] for each in found),
-        "resident_mib": max(each[2] for each in found),
-    }
+    return Engine(recipe, accelerator, RunDirectory(folder), build)
+
+
+def _step(engine: Engine) -> float:
+    """Seconds of a step of all ranks."""
+    dist.barrier()
+    start = time.perf_counter()
+    engine.update(engine.forward_backward(engine.load(Stop.NO)))
+    engine.accelerator.synchronize()
+    dist.barrier()
+    return time.perf_counter() - start
 
 
 def _followed(engine: Engine) -> int:
@@ -114,7 +140,7 @@ def _followed(engine: Engine) -> int:
 
 if __name__ == "__main__":
     settings = json.loads(Path(sys.argv[1]).read_text())
-    row = measure(settings)
+    row = side_by_side(settings) if "recipes" in settings else measure(settings)
     if dist.get_rank() == 0:
         (Path(settings["folder"]) / "row.json").write_text(json.dumps(row))
     colossal.leave()

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from lab_utils.accelerators import Accelerator
 from lab_utils.engine.cpu import CompleteCpu
+from lab_utils.engine.handed_on import let_go
 from lab_utils.engine.library import (
     Booster,
     HybridParallelModule,
@@ -105,6 +106,8 @@ class LayoutPlugin(MoeHybridParallelPlugin):
             max_norm=0.0,
             overlap_communication=False,
         )
+        if pp > 1:
+            let_go(self.scheduler)
         self.bucket_elements, self.offload = bucket_elements, offload
         self.dp_rank = dist.get_rank(self.dp_group)
         self.parts = ContextParallel.of(self._runs(False, cp)) if cp > 1 else None

@@ -88,8 +88,6 @@ def software(assumed: Assumptions) -> Iterator[tuple[str, Assumptions]]:
     """One change of the software at a time."""
     if assumed.hidden_exchange < 1:
         yield "The all-to-all wholly behind other work", assumed.but(hidden_exchange=1.0)
-    if not assumed.freed_outputs:
-        yield "Stages that let go of the streams they have handed on", assumed.but(freed_outputs=True)
     if not assumed.swapped:
         yield "Masters and moments swapped to the host, updated on the device", assumed.but(swapped=True)
     if not assumed.hidden_messages:
@@ -169,9 +167,6 @@ def reach(recipe: Recipe, cluster: Cluster, ranks: int, assumed: Assumptions, wa
 def _ladder(recipe: Recipe, assumed: Assumptions) -> list[tuple[str, Any]]:
     """``(words, change)``, a change taking and giving a recipe and assumptions."""
     steps: list[tuple[str, Any]] = []
-    if not assumed.freed_outputs:
-        text = "a stage lets go of the streams it has handed on (today they are held until the backward pass)"
-        steps.append((text, lambda r, a: (r, a.but(freed_outputs=True))))
     if not assumed.swapped:
         text = (
             "masters and moments wait in host memory between steps, updated on the device (today kept there)"

@@ -22,8 +22,6 @@ class Assumptions:
         imbalance: rows that the fullest rank of an ep group gets over the mean; the others wait for it.
         swapped: masters and moments wait in host memory and come to the device for the update; the engine updates on
             the host instead (``parallel.offload``).
-        freed_outputs: a stage lets go of the streams that it has handed on; ColossalAI's schedules hold them until the
-            backward pass.
         loss_share: tokens that bear loss; the head skips the others.
         fp8: products of layers in fp8, which the engine doesn't do; for comparison with runs that did.
     """
@@ -34,7 +32,6 @@ class Assumptions:
     hidden_messages: bool = False
     imbalance: float = 1.1
     swapped: bool = False
-    freed_outputs: bool = False
     loss_share: float = 1.0
     fp8: bool = False
 

@@ -30,7 +30,6 @@ PEER = Assumptions(
     hidden_messages=True,
     imbalance=1.0,
     swapped=True,
-    freed_outputs=True,
 )
 
 
@@ -101,7 +100,7 @@ def _published_pro() -> list[Row]:
         text = (
             f"1,024 packages, a batch of {count * 4096 / 1e6:.1f}M tokens in 4K rows, no multi-token prediction; our "
             "fastest layout that fits with messages hidden, even experts, "
-            f"optimizer swapped, outputs let go ({at})"
+            f"optimizer swapped ({at})"
         )
         what = f"V4-Pro, all weights, 1,024 × 910C, {count * 4096 / 1e6:.1f}M tokens"
         found.append(Row(what, "s a step", 27.0, *steps, text, source))
@@ -212,14 +211,15 @@ def _measured() -> list[Row]:
         for run in machine["runs"]:
             size = f"{run['rows']} × {run['row_tokens']:,} tokens"
             name = f"{run['source'].removeprefix('preset:')}, {size}, {run['layout']}"
+            source = f"{OWN}, {machine['machine']}"
             for key, value in predicted(machine["cluster"], run).items():
-                source = f"{OWN}, {machine['machine']}"
                 found.append(Row(name, QUANTITIES[key], run[key], value, value, value, TAKEN[key], source))
     return found
 
 
 TAKEN = {
-    "seconds": "rates of the machine's cores, sustained share and calls from data-parallel steps of reference and tiny",
+    "seconds": "rates of the machine's cores; sustained share and calls from data-parallel steps of reference and tiny "
+    "that took turns with the run's",
     "tensors_mib": "nothing measured",
-    "peak_mib": "tensors; the heap's share and the rest of the process from a step of reference",
+    "peak_mib": "tensors; the heap's share and the rest of the process from steps of reference and tiny",
 }

@@ -101,11 +101,13 @@ How to read it:
 - MFU counts the model proper: no multi-token prediction, the indexer forward only, no recomputation. The denominator is
   a device's dense bf16 peak: 376 TFLOPS for a die of a 910C (752 a package) and for a 910B.
 - Our own runs: {own}
-  A run is one of `lab bench plan`, which measures the machine, runs steps of two models under data parallelism to learn
-  what share of its rates a step sustains, and predicts the others. Tensors are counted as they come and go; a process
-  also holds what its heap doesn't give back, which no plan of a device has. Too low are steps under expert parallelism,
-  whose ranks wait for the one whose experts got most, since rows are taken to be shared evenly, and those of `tiny`. On
-  a shared machine a step repeats to 10 or 15 %.
+  A run is one of `lab bench plan`. It measures the machine's rates once; then each run takes turns with a step of
+  `reference` and one of `tiny` under data parallelism, in one job, and these two say what share of the rates the
+  machine sustains meanwhile: a shared one is half as fast again at one time as at another. Too low are the seconds of
+  `tiny`, most of which goes through memory: one share stands for products and memory alike. Tensors are counted as
+  they come and go; a process also holds what its heap doesn't give back, which no plan of a device has. An earlier form
+  of the command, which knew one rate of memory for all sizes, warm messages and no turns, missed the seconds of 6 of
+  15 runs by more than 15 % on two cores of an AMD EPYC (all from -26 to +18 %), and 7 of 15 processes by more than 5 %.
 - Not compared, for want of a figure or of the machine: GB200 (Megatron-Bridge's 7,776 tokens/s a GPU on V4-Flash),
   layouts without published speed, and our engine on a GPU or an NPU.
 - Memory at full size is checked against the engine itself by `lab twin`, which builds it without chips

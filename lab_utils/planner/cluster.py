@@ -118,6 +118,10 @@ class Efficiency(Section):
     )
     attention: Figure = Field(description="Of the bf16 peak, by fused attention, forward and backward.")
     memory: Figure = Field(description="Of the memory bandwidth.")
+    caches: Curve | None = Field(
+        None,
+        description="Times the memory bandwidth, by bytes of a tensor that is read or written: a CPU's caches.",
+    )
     network: Figure = Field(description="Of a plane's bandwidth, by collectives that have no curve.")
 
 
@@ -220,8 +224,8 @@ def usual(kind: str) -> str | None:
     return USUAL.get(kind)
 
 
-def find(name: str | Path | Cluster) -> Cluster:
-    """A cluster by name or file.
+def find(name: str | Path | Cluster, asked: str = "--cluster") -> Cluster:
+    """A cluster by name or file; ``asked``: what named it, for the message.
 
     Raises:
         RecipeError: there is none, or its file is not one; the message names the nearest.
@@ -236,10 +240,10 @@ def find(name: str | Path | Cluster) -> Cluster:
             return read(path)
     if str(name) == "local":
         raise RecipeError(
-            "--cluster local: this machine hasn't been measured; run `lab doctor --measure` (two minutes), then again."
+            f"{asked} local: this machine hasn't been measured; run `lab doctor --measure` (two minutes), then again."
         )
     raise RecipeError(
-        f"--cluster {name}: there is no such cluster, {nearest(str(name), known())} or give a .yaml file."
+        f"{asked} {name}: there is no such cluster, {nearest(str(name), known())} or give a .yaml file."
     )
 
 

@@ -2,8 +2,8 @@
 
 Products in a step are slower than square ones by themselves, and on a CPU calling an operator costs what a small one
 takes. Two steps give the two numbers: the share of the measured rates that a step sustains, and the time of a layer's
-calls. The same run says what a process holds before there is a model, and what the heap holds beyond the tensors. All
-other layouts, lengths and models are predicted from there (``docs/calibration.md``).
+calls. The same runs say what a process holds without tensors, and what its heap holds beyond them. All other layouts,
+lengths and models are predicted from there (``docs/calibration.md``).
 """
 
 from __future__ import annotations
@@ -31,18 +31,25 @@ def bench_recipe(source: str, rows: int, row_tokens: int, changes: dict[str, Any
 
 
 def steps(ranks: int) -> list[dict[str, Any]]:
-    """Measured: ``source``, ``rows`` (of all ranks), ``row_tokens``, ``ranks``, ``seconds`` of a step, ``peak_mib``
-    and ``resident_mib``."""
+    """Measured: ``source``, ``rows`` (of all ranks), ``row_tokens``, ``layout``, ``ranks``, ``seconds`` of a step,
+    ``peak_mib`` and ``resident_mib``."""
     from lab_utils.bench.layouts import bench_layout
 
     found = []
-    for source, rows, row_tokens in FITTED_ON:
-        size = {"source": source, "rows": rows * ranks, "row_tokens": row_tokens}
-        name = f"dp{ranks}_ep1_pp1"
-        (row,) = bench_layout(ranks, layouts=[name], steps=7, accelerator="cpu", **size)
-        seconds = rows * ranks * row_tokens / row.pop("tokens_per_s")
-        found.append({**size, "ranks": ranks, "seconds": seconds, **row})
+    for run in fitted_on(ranks):
+        size = {key: run[key] for key in ("source", "rows", "row_tokens")}
+        (row,) = bench_layout(ranks, layouts=[run["layout"]], steps=7, accelerator="cpu", **size)
+        found.append({**row, **run, "seconds": run["rows"] * run["row_tokens"] / row["tokens_per_s"]})
     return found
+
+
+def fitted_on(ranks: int) -> list[dict[str, Any]]:
+    """``source``, ``rows`` (of all ranks), ``row_tokens``, ``layout`` and ``ranks`` of the two steps."""
+    layout = {"layout": f"dp{ranks}_ep1_pp1", "ranks": ranks}
+    return [
+        {"source": source, "rows": rows * ranks, "row_tokens": row_tokens, **layout}
+        for source, rows, row_tokens in FITTED_ON
+    ]
 
 
 def fitted(tree: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any]:
@@ -51,22 +58,31 @@ def fitted(tree: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, An
 
     if not measured:
         return tree
+    large, small = (
+        1024 * max(stage.seen_by_twin for stage in stage_memory(recipe_of(step), step["ranks"]))
+        for step in measured
+    )
+    grown = measured[0]["peak_mib"] - measured[1]["peak_mib"]
+    heap = max(0.0, grown / (large - small) - 1.0)
+    runtime = max(measured[1]["resident_mib"], measured[1]["peak_mib"] - (1 + heap) * small) / 1024
+    process = "measured: what a rank's process holds without tensors, from steps of reference and tiny"
+    of_heap = (
+        "measured: what more tensors take of a process, beyond themselves, from steps of reference and tiny"
+    )
+    tree = sustained(tree, measured)
+    tree["runtime_gib"] = {"value": float(f"{runtime:.4g}"), "source": process}
+    tree["allocator_share"] = {"value": float(f"{heap:.3g}"), "source": of_heap}
+    return tree
+
+
+def sustained(tree: dict[str, Any], measured: list[dict[str, Any]]) -> dict[str, Any]:
+    """A cluster's YAML with the share of its rates and the time of calls at which two steps take what they took."""
     share = _share(tree, measured)
-    seconds, calls = _predicted(tree, share, measured[1])
-    first = measured[0]
-    tensors = 1024 * max(stage.seen_by_twin for stage in stage_memory(recipe_of(first), first["ranks"]))
-    found = {
-        "calls": max(0.0, (measured[1]["seconds"] - seconds) / calls),
-        "heap": max(0.0, (first["peak_mib"] - first["resident_mib"]) / tensors - 1.0),
-        "runtime": first["resident_mib"] / 1024,
-    }
+    seconds, layers = _predicted(tree, share, measured[1])
+    calls = max(0.0, (measured[1]["seconds"] - seconds) / layers)
     source = "measured: steps of reference and tiny, data-parallel over the cores, beside their counts"
-    process = "measured: a rank that has joined the others, before there is a model"
-    heap = "measured: what a rank's process holds beyond its tensors in a step of reference"
     tree = _with_share(tree, share, source)
-    tree["layer_calls_us"] = {"value": float(f"{found['calls'] * 1e6:.4g}"), "source": source}
-    tree["runtime_gib"] = {"value": float(f"{found['runtime']:.4g}"), "source": process}
-    tree["allocator_share"] = {"value": float(f"{found['heap']:.3g}"), "source": heap}
+    tree["layer_calls_us"] = {"value": float(f"{calls * 1e6:.4g}"), "source": source}
     return tree
 
 
@@ -96,7 +112,8 @@ def _predicted(tree: dict[str, Any], share: float, step: dict[str, Any]) -> tupl
     from lab_utils.planner.cluster import Cluster
     from lab_utils.planner.search import evaluate
 
-    cluster = Cluster.model_validate(_with_share(tree, share, "tried"))
+    silent = {key: value for key, value in tree.items() if key != "layer_calls_us"}
+    cluster = Cluster.model_validate(_with_share(silent, share, "tried"))
     found = evaluate(recipe_of(step), cluster, step["ranks"], Assumptions(imbalance=1.0))
     return found.time.seconds, found.placed.passes * found.placed.numbers.num_hidden_layers
 

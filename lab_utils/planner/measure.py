@@ -27,7 +27,8 @@ SIZES = (64, 128, 256, 512, 1024)
 SECONDS = 1.5  # of each measurement
 DEVICE = "measured on this machine, a thread on each core at once"
 COPIES = 4  # cores that are measured at once, at most
-PER_CORE = ("products", "attention", "bandwidth", "disk")
+PER_CORE = ("products", "attention", "streams", "disk")
+TENSORS = (0.25, 1.0, 4.0, 16.0, 64.0)  # MiB of each tensor whose product with another is measured
 
 
 def run(as_json: bool = False) -> Path:
@@ -79,6 +80,9 @@ def tree_of(found: dict[str, Any]) -> dict[str, Any]:
         return {"value": float(f"{value:.4g}"), "source": source}
 
     peak = max(found["products"].values())
+    streams = {float(size): rate for size, rate in found["streams"].items()}
+    bandwidth = streams[max(streams)]
+    caches = {size: float(f"{rate / bandwidth:.4g}") for size, rate in streams.items()}
     curve = {float(size): float(f"{rate / peak:.4g}") for size, rate in found["products"].items()}
     cores = found["cores"]
     return {
@@ -94,23 +98,25 @@ def tree_of(found: dict[str, Any]) -> dict[str, Any]:
             ),
             "tflops_fp32": figure(peak / 1e12),
             "bandwidth_tb_s": figure(
-                found["bandwidth"] / 1e12, f"{DEVICE}: a copy of 128 MiB, read and written"
+                bandwidth / 1e12, f"{DEVICE}: products of two tensors of {max(TENSORS):.0f} MiB into a third"
             ),
         },
         "planes": [
             {
                 "name": "memory",
-                "gb_s": figure(found["message"] / 1e9, "measured: gloo, all-gather between two ranks"),
+                "gb_s": figure(
+                    found["message"] / 1e9, "measured: gloo, all-gather between two ranks, caches cold"
+                ),
                 "latency_us": figure(found["latency"] * 1e6, "measured: gloo, an all-reduce of one number"),
                 "all_to_all_gb_s": {
                     "points": {2.0: float(f"{found['exchange'] / 1e9:.4g}")},
-                    "source": "measured: gloo, an uneven all-to-all between two ranks",
+                    "source": "measured: gloo, an uneven all-to-all between two ranks, caches cold",
                 },
             }
         ],
         "host": {
             "memory_gib": figure(found["memory"] / cores / 2**30, "the machine's memory over its cores"),
-            "gb_s": figure(found["bandwidth"] / 1e9, "the device's memory is the host's"),
+            "gb_s": figure(bandwidth / 1e9, "the device's memory is the host's"),
             "tflops": figure(peak / 1e12),
             "storage_gb_s": figure(found["disk"] / 1e9, "measured: 64 MiB written and synced"),
         },
@@ -121,6 +127,10 @@ def tree_of(found: dict[str, Any]) -> dict[str, Any]:
                 min(1.0, found["attention"] / peak), f"{DEVICE}: shared_kv_attention, both ways"
             ),
             "memory": figure(1.0, "the bandwidth is measured"),
+            "caches": {
+                "points": caches,
+                "source": f"{DEVICE}: products of two tensors into a third, six in turn",
+            },
             "network": figure(1.0, "the bandwidth is measured"),
         },
         "watts_per_chip": figure(15.0, "assumed: a core and its share of a server"),
@@ -173,13 +183,12 @@ def _rate(work: float, call: Any) -> float:
 def _one() -> dict[str, Any]:
     """Of one core."""
     import psutil
-    import torch
+    import torch  # noqa: F401  (what every rank holds)
 
     from lab_utils.accelerators.cpu import measure_matmul
 
-    a = torch.zeros(32 << 20)
-    b = torch.empty_like(a)
-    bandwidth = _rate(2.0 * a.nbytes, lambda: b.copy_(a))
+    resident = psutil.Process().memory_info().rss
+    streams = {int(size * 2**20): _streams(int(size * 2**18)) for size in TENSORS}
     with tempfile.NamedTemporaryFile() as file:
 
         def write_out() -> None:
@@ -195,10 +204,23 @@ def _one() -> dict[str, Any]:
         "memory": psutil.virtual_memory().total,
         "products": {size: measure_matmul("float32", size, SECONDS) for size in SIZES},
         "attention": _attention(),
-        "bandwidth": bandwidth,
+        "streams": streams,
         "disk": disk,
-        "resident": psutil.Process().memory_info().rss - a.nbytes - b.nbytes,
+        "resident": resident,
     }
+
+
+def _streams(elements: int) -> float:
+    """Bytes a second of fp32 products of two tensors into a third: six in turn, like operators that follow another."""
+    import torch
+
+    ring = [torch.full((elements,), 1.0 + i * 1e-6) for i in range(6)]
+
+    def once_around() -> None:
+        for i in range(6):
+            torch.mul(ring[i], ring[(i + 1) % 6], out=ring[(i + 2) % 6])
+
+    return _rate(6 * 3.0 * ring[0].nbytes, once_around)
 
 
 def _attention() -> float:
@@ -208,7 +230,7 @@ def _attention() -> float:
     from kernels import registry
     from kernels.geometry import Geometry
 
-    T, H, K, window = 256, 4, 32, 64
+    T, H, K, window = 1024, 8, 64, 64
     positions = torch.arange(T)[None]
     geometry = Geometry(positions, torch.zeros_like(positions))
     q = torch.randn(1, T, H, K, requires_grad=True)
@@ -234,16 +256,32 @@ def _two() -> dict[str, Any]:
 
     dist.init_process_group("gloo")
     own, all_of_it = torch.zeros(4 << 20), torch.empty(8 << 20)
-    message = _steady(lambda: all_gather(all_of_it, own), float(own.nbytes))
+    message = _cold(lambda: all_gather(all_of_it, own), float(own.nbytes))
     half = [len(own) // 2, len(own) // 2]
     parts = torch.empty_like(own)
-    exchange = _steady(lambda: dist.all_to_all_single(parts, own, half, half), own.nbytes / 2)
+    exchange = _cold(lambda: dist.all_to_all_single(parts, own, half, half), own.nbytes / 2)
     one = torch.zeros(1)
     latency = 1.0 / _steady(lambda: dist.all_reduce(one), 1.0)
     rank = dist.get_rank()
     dist.barrier()
     dist.destroy_process_group()
     return {"message": message, "exchange": exchange, "latency": latency} if rank == 0 else {}
+
+
+def _cold(call: Any, work: float, times: int = 20) -> float:
+    """Work a second of the middle of so many calls; before each of them other tensors go through the caches, as those
+    of a layer do."""
+    import torch
+    import torch.distributed as dist
+
+    other, spent = torch.zeros(16 << 20), []
+    for _ in range(times):
+        other.add_(1.0)
+        dist.barrier()
+        start = time.perf_counter()
+        call()
+        spent.append(time.perf_counter() - start)
+    return work / sorted(spent)[times // 2]
 
 
 def _steady(call: Any, work: float, times: int = 20) -> float:

@@ -129,12 +129,11 @@ def _stage(
     share = {name: flying * tokens * a_token for name, a_token in by.items()}
     streams = 0.0
     if placed.pp > 1:
-        # Of each micro-batch in flight what came in, the first layer's input, and what went out; and gradients.
+        # Of each micro-batch in flight what came in, the first layer's input; and gradients of what comes and goes.
         one = n.hc_mult * n.hidden_size * kept.width(model.dtype) * tokens
-        came, went = placed.virtual_stages - stage.first, placed.virtual_stages - stage.last
-        went = 0 if assumed.freed_outputs else went
+        came = placed.virtual_stages - stage.first
         share["streams"] -= flying * came * one
-        streams = (flying * (came + went) + (not stage.first) + (not stage.last)) * one
+        streams = (flying * came + (not stage.first) + (not stage.last)) * one
     rows = kept.exchange(n, model.dtype, placed.ep) * tokens
     backward = {
         "activations": sum(share.values()),

@@ -23,6 +23,7 @@ class Rates:
         self._curve, self._sustained = found.products, found.sustained.of(case)
         self.attention = found.attention.of(case) * self._peak
         self.bandwidth = device.bandwidth_tb_s.value * 1e12 * found.memory.of(case)
+        self._caches = found.caches
         self._known: dict[work.Product, float] = {}
 
     def product(self, one: work.Product) -> float:
@@ -38,12 +39,17 @@ class Rates:
             rate = self._working * share if working else self._fp32 * narrow * self._sustained
             size = 2 if working and not self.on_cpu else 4
             operands = one.rows * one.inner + one.inner * one.outer + one.rows * one.outer
-            found = max(one.flops / rate, one.groups * operands * size / self.bandwidth)
+            read = one.groups * operands * size
+            found = max(one.flops / rate, self.moving(read, read / 3))
             if working and self.assumed.fp8:  # operands are read in bf16, scaled and written in fp8
                 cast = one.rows * one.inner + one.inner * one.outer
                 found += 3.0 * one.groups * cast / self.bandwidth
             self._known[one] = found
         return found
+
+    def moving(self, size: float, tensor: float) -> float:
+        """Seconds that so many bytes take through memory, in tensors of ``tensor`` bytes each."""
+        return size / (self.bandwidth * (self._caches.at(tensor) if self._caches and tensor else 1.0))
 
 
 def other_end(case: Case) -> str:

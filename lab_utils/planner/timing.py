@@ -206,6 +206,7 @@ def _micro_batch(
             loss_share=assumed.loss_share,
             times=1 + mtp,
             warmup=options["warmup"],
+            chunk=kept.CPU_CHUNK if rates.on_cpu else kept.CHUNK,
         )
         _add(terms, parts, seconds(behind, rates, placed, "none"), 1)
         if mtp:
@@ -213,7 +214,7 @@ def _micro_batch(
             _add(terms, parts, seconds(work.mtp_entry(n, N), rates, placed, "none"), mtp)
     state = state_in(recipe, placed, stage)
     # The gradient is written in the working precision, read, and added to its fp32 buffer.
-    terms["accumulate"] = state.parameters * (2 * w + 8.0) / rates.bandwidth
+    terms["accumulate"] = rates.moving(state.parameters * (2 * w + 8.0), 4.0 * state.parameters)
     if placed.pp > 1 and not assumed.hidden_messages:
         streams = float(n.hc_mult * n.hidden_size * w * N)
         pipeline = Group(placed.pp, placed.ep, 1, placed.ranks)
@@ -256,12 +257,12 @@ def seconds(
     backward["attention"] = own.attention_backward / rates.attention
     forward["indexer"] += own.scores / rates.attention
     for into, moved in ((forward, own.moved), (backward, own.moved_backward)):
-        into[work.HYPER] = moved.get(work.HYPER, 0.0) / rates.bandwidth
-        into["memory"] = moved.get("other", 0.0) / rates.bandwidth
+        into[work.HYPER] = rates.moving(moved.get(work.HYPER, 0.0), own.tensors.get(work.HYPER, 0.0))
+        into["memory"] = rates.moving(moved.get("other", 0.0), own.tensors.get("other", 0.0))
     if own.sent:
         group = Group(placed.ep, placed.ep, placed.ep, placed.ranks)
         one_way = all_to_all(rates.cluster, group, own.sent * uneven, assumed.case)
-        beside = min(one_way, shared) if own.shared_beside else 0.0
+        beside = min(one_way, shared) if own.shared_beside and not rates.on_cpu else 0.0
         travel = (own.exchanges * one_way - beside) * (1 - assumed.hidden_exchange)
         forward["all_to_all"] = backward["all_to_all"] = travel
         forward["host_waits"] = rates.cluster.host_wait_us.of(other_end(assumed.case)) * 1e-6

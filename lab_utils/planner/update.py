@@ -82,13 +82,14 @@ def _update(recipe: Recipe, placed: Placed, stage: Stage, rates: Rates) -> dict[
         # Swapped: gradients stay, masters and moments come and go.
         swap = own * 16.0 / (cluster.host.gb_s.value * 1e9) if rates.assumed.swapped else 0.0
         ns = cluster.device.tflops.value * 1e12 * cluster.efficiency.products.at(4096) * 0.8
-        update = state.muon_flops / ns + moments / rates.bandwidth + swap
-    copies = state.parameters * 3.0 * w / rates.bandwidth + 6.0 * own / rates.bandwidth
+        update = state.muon_flops / ns + rates.moving(moments, 4.0 * own) + swap
+    copies = rates.moving(state.parameters * 3.0 * w + 6.0 * own, w * state.parameters)
     small = 4 * cluster.planes[-1].latency_us.value * 1e-6 * placed.ranks.bit_length()
     return {
         "gradient_sum": sums,
-        "norm": 4.0 * own / rates.bandwidth + small,
-        "optimizer": update + 4.0 * state.gradients / rates.bandwidth,  # the buffers are emptied as well
+        "norm": rates.moving(4.0 * own, 4.0 * own) + small,
+        # The buffers are emptied as well.
+        "optimizer": update + rates.moving(4.0 * state.gradients, 4.0 * state.gradients),
         "gather": gather + copies,
     }
 

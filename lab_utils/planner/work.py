@@ -48,7 +48,7 @@ class Work:
     Attributes:
         attention, attention_backward: FLOPs of scores and values, done as one operator.
         scores: FLOPs of the indexer, with its loss also of its gradients, all in the forward pass.
-        moved, moved_backward: bytes through memory by part.
+        moved, moved_backward: bytes through memory by part; ``tensors``: of one of the tensors that are moved.
         sent: bytes of one all-to-all; ``exchanges`` of them in a forward pass, as many in a backward one.
         shared_beside: the shared expert runs while the first all-to-all travels.
         before: bytes of the tokens before a run, where a row is cut over ranks; ``entries``, ``entries_backward``: of
@@ -61,6 +61,7 @@ class Work:
     scores: float = 0.0
     moved: dict[str, float] = field(default_factory=dict)
     moved_backward: dict[str, float] = field(default_factory=dict)
+    tensors: dict[str, float] = field(default_factory=dict)
     sent: float = 0.0
     exchanges: int = 2
     shared_beside: bool = True
@@ -134,7 +135,10 @@ def layer(
     if not fused:
         keys = _plain_keys(n, kind, T)
     one = 2.0 * N * H * K * keys
-    moved, moved_backward = _moved(n, kind, T, N, w, fused)
+    moved, moved_backward = _moved(n, kind, T, N, ep, w, fused)
+    if indexed and indexer_loss and not fused:
+        # Of a head's scores ten passes, of their sum and the loss thirty.
+        moved["other"] += N * 0.55 * (T // n.compress_csa) * (10 * n.index_n_heads + 30) * 4.0
     return Work(
         products=tuple(products),
         attention=2 * one,
@@ -142,6 +146,7 @@ def layer(
         scores=scores,
         moved=moved,
         moved_backward={name: 0.0 for name in moved_backward} if warmup else moved_backward,
+        tensors={"other": float(N * k * D * w), HYPER: float(N * n.hc_mult * D * w)},
         sent=float(k * N * D * w) * (ep - 1) / ep,
         **_of_others(n, kind, N, w, cp, indexed),
     )
@@ -174,14 +179,15 @@ def _plain_keys(n: Numbers, kind: str, T: int) -> float:
 
 
 def _moved(
-    n: Numbers, kind: str, T: int, N: int, w: int, fused: bool
+    n: Numbers, kind: str, T: int, N: int, ep: int, w: int, fused: bool
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes read and written, forward and backward, beside those of products."""
     D, S, F, k = n.hidden_size, n.hc_mult, n.moe_intermediate_size, n.num_experts_per_tok
     HK = n.num_attention_heads * n.head_dim
     norms, heads = 4.0 * D * w, 6.0 * HK * w  # two norms; a head's norm and rotation, and the output's back
     inner = 0 if kind == WINDOW_ONLY else 4 * n.head_dim * (2 if kind == CSA else 1)
-    rows = (6 * k + k + 1) * D * w  # sorted, sorted again by expert, put back, summed
+    # Sorted by expert, and back and summed; what travels is sorted again where it arrives, and put back there.
+    rows = ((6 * k if ep > 1 else 2 * k) + k + 1) * D * w
     glu = 3.0 * (k + n.n_shared_experts) * F * w * (1.0 if fused else 2.5)
     # Fused: collapse reads the streams, expand reads and writes them. Plain: in fp32, one pass a line of code.
     hyper = 2.0 * (3 * S + 2) * D * w if fused else 2.0 * S * D * 46
@@ -194,22 +200,32 @@ def _moved(
 
 
 @cache
-def ends(n: Numbers, N: int, w: int, *, loss_share: float, times: int = 1, warmup: bool = False) -> Work:
+def ends(
+    n: Numbers,
+    N: int,
+    w: int,
+    *,
+    loss_share: float,
+    times: int = 1,
+    warmup: bool = False,
+    chunk: int = CHUNK,
+) -> Work:
     """Behind the last layer: collapse, norm, head and loss; ``times``: with multi-token prediction once more a depth.
 
-    ``kernels/linear_logprob`` makes the logits again in the backward pass.
+    ``kernels/linear_logprob`` makes the logits again in the backward pass, ``chunk`` of them at once.
     """
     D, S, V = n.hidden_size, n.hc_mult, n.vocab_size
     rows = N * loss_share
     head = Product("head", rows, D, V, groups=times, backward=0.0 if warmup else 3.0)
     logits = times * rows * V * 4.0
     # The head's fp32 gradient is read and written for every chunk of tokens; that of a small head stays in cache.
-    sums = times * ceil(rows / max(16, CHUNK // V)) * 2 * 4.0 * V * D if w < 4 else 0.0
+    sums = times * ceil(rows / max(16, chunk // V)) * 2 * 4.0 * V * D if w < 4 else 0.0
     moved = {"other": 4 * logits + times * N * 2 * D * w, HYPER: times * N * S * D * (w + 8.0)}
     return Work(
         products=(head,),
         moved=moved,
         moved_backward={} if warmup else {"other": 6 * logits + sums, HYPER: 2.5 * moved[HYPER]},
+        tensors={"other": 4.0 * min(rows * V, chunk), HYPER: float(N * S * D * w)},
         shared_beside=False,
     )
 

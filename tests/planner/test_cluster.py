@@ -6,10 +6,9 @@ import pytest
 import yaml
 
 from lab_utils.errors import LayoutError, RecipeError
-from lab_utils.planner import fitted, measure
+from lab_utils.planner import measure
 from lab_utils.planner.cluster import SHIPPED, Cluster, Curve, Figure, find, known, read
 from lab_utils.planner.network import Group, all_to_all, plane_of, ring
-from lab_utils.planner.own import predicted
 
 NAMES = sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
@@ -118,7 +117,7 @@ def test_what_was_measured_becomes_a_cluster(tmp_path, monkeypatch):
         "memory": 24 << 30,
         "products": {64: 2e10, 256: 8e10, 1024: 1e11},
         "attention": 3e10,
-        "bandwidth": 1.2e10,
+        "streams": {2**18: 6e10, 2**26: 1.2e10},
         "disk": 4e8,
         "resident": 450 << 20,
         "message": 9e8,
@@ -131,30 +130,11 @@ def test_what_was_measured_becomes_a_cluster(tmp_path, monkeypatch):
         64
     ) == pytest.approx(0.2)
     assert cluster.efficiency.attention.value == pytest.approx(0.3)
-
-
-def measured_cluster() -> dict:
-    found = {"date": "2026-11-30", "cores": 2, "memory": 24 << 30, "attention": 3e10, "bandwidth": 1.2e10}
-    found |= {"products": {64: 2e10, 256: 8e10, 1024: 1e11}, "disk": 4e8, "resident": 300 << 20}
-    return measure.tree_of({**found, "message": 9e8, "exchange": 1.5e9, "latency": 8e-5})
-
-
-@pytest.mark.parametrize("share, calls", [(0.6, 0.004), (0.9, 0.0005)])
-def test_steps_that_were_measured_give_back_the_share_and_the_calls_that_made_them(share, calls):
-    true = measured_cluster()
-    for name in ("sustained", "memory"):
-        true["efficiency"][name]["value"] = share
-    true["layer_calls_us"] = {"value": calls * 1e6, "source": "planted"}
-    steps = []
-    for source, rows, row_tokens in fitted.FITTED_ON:
-        size = {"source": source, "rows": 2 * rows, "row_tokens": row_tokens, "ranks": 2}
-        made = predicted(true, {**size, "layout": "dp2_ep1_pp1"})
-        resident = {"resident_mib": 350.0, "peak_mib": 350.0 + 1.25 * made["tensors_mib"]}
-        steps.append({**size, "seconds": made["seconds"], **resident})
-    tree = fitted.fitted(measured_cluster(), steps)
-    assert tree["efficiency"]["sustained"]["value"] == pytest.approx(share, rel=0.02)
-    assert tree["layer_calls_us"]["value"] == pytest.approx(calls * 1e6, rel=0.02)
-    assert tree["allocator_share"]["value"] == pytest.approx(0.25, abs=0.01)
+    assert cluster.device.bandwidth_tb_s.value == pytest.approx(0.012)
+    assert (
+        cluster.efficiency.caches.at(2**18) == pytest.approx(5.0)
+        and cluster.efficiency.caches.at(2**30) == 1.0
+    )
 
 
 def test_a_curve_holds_its_points_and_rises_between_them():

@@ -110,7 +110,7 @@ def test_memory_is_what_the_engine_itself_held_when_it_was_built_at_full_size():
         "gradients": 15.0730,
         "masters": 3.0113,
         "activations": 14.1336,
-        "streams": 3.7188,
+        "streams": 0.2188,
     }
     for name, gib in twin.items():
         assert own[name] == pytest.approx(gib, rel=0.01), name

@@ -133,3 +133,31 @@ def test_decoding_reads_every_expert_once_many_answer():
     assert drawn.terms["weights"] > drawn.terms["cache"]  # bound by weights
     few = rollout_time(Recipe.parse(tree).with_changes({"rollout.group_size": 4}), CLUSTER, 2048)
     assert few.coverage < drawn.coverage and few.tokens_per_s < drawn.tokens_per_s
+
+
+def test_rows_that_travel_are_sorted_again_where_they_arrive():
+    n, options = numbers("preset:tiny"), {"indexer_loss": False, "warmup": False, "fused": False}
+    here, over = (work.layer(n, n.layer_types[0], 512, 512, ep, 4, **options).moved["other"] for ep in (1, 2))
+    assert over - here == pytest.approx(512 * 4 * n.num_experts_per_tok * n.hidden_size * 4)
+
+
+def test_on_cores_nothing_hides_the_all_to_all():
+    from lab_utils.planner.cluster import Cluster
+    from lab_utils.planner.network import Group, all_to_all
+    from lab_utils.planner.own import machines
+
+    cores = Cluster.model_validate(machines()[0]["cluster"])
+    small = recipe("tiny", **{"parallel": {"ep": 2}, "schedule.batch_tokens": 8192, "data.row_tokens": 1024})
+    laid = small.with_changes(
+        {
+            "model.dtype": "float32",
+            "model.checkpointing": "none",
+            "optim.kind": "adamw",
+            "schedule.micro_rows": None,
+        }
+    )
+    found = step_time(laid, cores, 2, Assumptions(imbalance=1.0)).terms["all_to_all"]
+    n = numbers("preset:tiny")
+    sent = 4096 * n.num_experts_per_tok * n.hidden_size * 4 / 2
+    one_way = all_to_all(cores, Group(2, 2, 2, 2), sent, "expected")
+    assert found == pytest.approx(4 * n.num_hidden_layers * one_way, rel=0.01)

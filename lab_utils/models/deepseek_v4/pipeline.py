@@ -142,20 +142,21 @@ def stage_forward(
         if loss_weights is not None and "side.role" in batch:
             loss_weights = loss_weights * (batch["side.role"] == 0)  # as PackedRows.model_weights
         return model.finish(at, h_BTnD, loss_weights)
-    for name, loss in model.losses(at).items():
-        h_BTnD = _Tie.apply(h_BTnD, model.stage.share(name, loss))
-    return {"streams": h_BTnD}
+    shares = [model.stage.share(name, loss) for name, loss in model.losses(at).items()]
+    return {"streams": _HandOn.apply(h_BTnD, *shares)}
 
 
-class _Tie(torch.autograd.Function):
-    """Hands streams on as they are; in the backward pass the tied loss gets the gradient 1."""
+class _HandOn(torch.autograd.Function):
+    """Streams as they are, and the losses that are tied to them: in the backward pass these get the gradient 1.
+
+    No view of the last layer's output, which would keep the memory when the engine lets go of what was sent.
+    """
 
     @staticmethod
-    def forward(ctx, streams, loss):
-        ctx.save_for_backward(torch.ones_like(loss))
-        return streams.view_as(streams)
+    def forward(ctx, streams, *shares):
+        ctx.save_for_backward(*(torch.ones_like(share) for share in shares))
+        return streams.detach()
 
     @staticmethod
     def backward(ctx, grad):
-        (one,) = ctx.saved_tensors
-        return grad, one
+        return grad, *ctx.saved_tensors

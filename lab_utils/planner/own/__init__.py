@@ -26,15 +26,21 @@ def machines() -> tuple[dict[str, Any], ...]:
 
 
 def predicted(cluster: dict[str, Any], run: dict[str, Any]) -> dict[str, float]:
-    """Of a run on the fullest or slowest rank, by the names of ``QUANTITIES``; experts are taken to be even."""
+    """Of a run on the fullest or slowest rank, by the names of ``QUANTITIES``; experts are taken to be even.
+
+    The machine is taken to be as fast as the two steps beside the run say.
+    """
     from lab_utils.planner.assumptions import Assumptions
     from lab_utils.planner.cluster import Cluster
-    from lab_utils.planner.fitted import recipe_of
+    from lab_utils.planner.fitted import fitted_on, recipe_of, sustained
     from lab_utils.planner.layouts import layout_names
     from lab_utils.planner.memory import stage_memory
     from lab_utils.planner.search import evaluate
 
     ranks = run["ranks"]
+    cluster = sustained(
+        cluster, [{**s, "seconds": t} for s, t in zip(fitted_on(ranks), run["beside"], strict=True)]
+    )
     recipe = recipe_of(run, layout_names(ranks)[run["layout"]])
     found = evaluate(recipe, Cluster.model_validate(cluster), ranks, Assumptions(imbalance=1.0))
     return {
