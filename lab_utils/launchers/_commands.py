@@ -43,10 +43,12 @@ def render(
 def changed(
     recipe: str, changes: list[str], launcher: str | None, nodes: int | None, nproc: int | None
 ):  # a Recipe, imported late
-    """A recipe with changes and the shorthands for where it runs."""
+    """A recipe with changes and the shorthands for where it runs, and with a layout where it leaves that open."""
+    from lab_utils.planner.auto import chosen
     from lab_utils.recipe import Recipe, parse_changes
 
-    return Recipe.load(recipe).with_changes({**parse_changes(changes), **places(launcher, nodes, nproc)})
+    given = {**parse_changes(changes), **places(launcher, nodes, nproc)}
+    return chosen(Recipe.load(recipe).with_changes(given))
 
 
 def places(launcher: str | None, nodes: int | None, nproc: int | None) -> dict[str, str | int]:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lab_utils.errors import LayoutError
 from lab_utils.models.deepseek_v4 import counting
 from lab_utils.planner.assumptions import Assumptions
+from lab_utils.planner.auto import fastest
 from lab_utils.planner.cluster import Case, Cluster, find
 from lab_utils.planner.memory import TERMS
 from lab_utils.planner.numbers import numbers
@@ -165,17 +166,13 @@ class Plan:
         Raises:
             LayoutError: nothing fits.
         """
-        chosen, placed = self._chosen(candidate).recipe, self._chosen(candidate).placed
         nodes, nproc = self.cluster.nodes(self.chips)
-        changes: dict[str, Any] = {
-            "parallel": {**chosen.parallel.model_dump(), "dp": placed.dp},
-            "schedule.micro_rows": placed.micro_rows,
-            "model.checkpointing": chosen.model.checkpointing,
+        places = {
             "cluster.nodes": nodes,
             "cluster.nproc": nproc,
             "cluster.accelerator": self.cluster.kind,
         }
-        return self.recipe.with_changes(changes)
+        return self.recipe.with_changes(self._chosen(candidate).changes() | places)
 
     def as_dict(self, shown: int = 20) -> dict[str, Any]:
         """What ``lab plan --json`` prints."""
@@ -259,6 +256,8 @@ def check(
     """
     where = find(cluster)
     ranks = where.devices(chips) if chips else recipe.cluster.world_size
+    if recipe.parallel.auto:
+        recipe = recipe.with_changes(fastest(recipe, where, ranks))
     found = evaluate(recipe, where, ranks, assumed or Assumptions())
     if not found.fits:
         raise LayoutError(out_of_memory(found, where))

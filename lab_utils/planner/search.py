@@ -79,6 +79,14 @@ class Candidate:
         runs = f" cp{p.cp}" if p.cp > 1 else ""
         return f"dp{p.dp}{runs} ep{p.ep} pp{p.pp}{virtual}{rows} {self.recipe.model.checkpointing}{off}"
 
+    def changes(self) -> dict[str, Any]:
+        """Of a recipe, by dotted key: what gives it this layout."""
+        return {
+            "parallel": {**self.recipe.parallel.model_dump(mode="json"), "dp": self.placed.dp},
+            "schedule.micro_rows": self.placed.micro_rows,
+            "model.checkpointing": self.recipe.model.checkpointing,
+        }
+
     def as_dict(self) -> dict[str, Any]:
         """As ``lab plan --json`` has it."""
         full = self.fullest
@@ -160,6 +168,7 @@ def search(
     Args:
         offload: only with it, or only without; absent: both on devices, where the optimizer can be offloaded.
     """
+    recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update={"auto": False})})
     rates = Rates(cluster, assumed or Assumptions())
     room = cluster.device.memory_gib.value
     fitting: list[Candidate] = []

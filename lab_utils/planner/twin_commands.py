@@ -37,12 +37,17 @@ def twin(
     """Run a whole step of one rank of N chips without a chip: memory at its peak, collectives, FLOPs."""
     from lab_utils.console import emit
     from lab_utils.errors import LayoutError
+    from lab_utils.planner.auto import fastest
     from lab_utils.planner.cluster import find
     from lab_utils.recipe import Recipe, parse_changes
 
     where, changes = find(cluster), list(set_ or [])
     spec = Recipe.load(recipe).with_changes(parse_changes(changes))
     ranks = where.devices(chips)
+    if spec.parallel.auto:
+        layout = fastest(spec, where, ranks)
+        changes += [f"{key}={json.dumps(value)}" for key, value in layout.items()]
+        spec = spec.with_changes(layout)
     spec.layout(ranks)
     chosen = (
         [stage * spec.parallel.ep for stage in range(spec.parallel.pp)] if all_stages else list(rank or [0])

@@ -43,6 +43,7 @@ UNHASHED = (
     "schedule.async_save",
     "cluster.launcher",
     "cluster.options",
+    "cluster.profile",
 )  # dotted keys of what changes no result
 
 
@@ -102,6 +103,19 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _what_is_chosen_is_not_given(self) -> Recipe:
+        given = {
+            "schedule.micro_rows": self.schedule.micro_rows,
+            "model.checkpointing": None if self.model.checkpointing == "none" else self.model.checkpointing,
+        }
+        for key, value in given.items():
+            if self.parallel.auto and value is not None:
+                raise ValueError(
+                    f"parallel.auto chooses {key} as well, and it is {value}: leave it out, or give a layout"
+                )
+        return self
+
     # -- construction -----------------------------------------------------------------------------------------------
 
     @classmethod
@@ -158,6 +172,7 @@ class Recipe(Section):
         """A copy with dotted keys replaced, checked like any recipe: ``{"optim.lr": 3e-4}``.
 
         Values given as text are read as YAML, so ``--set a.b=3e-4`` and ``{"a.b": 3e-4}`` mean the same.
+        ``{"parallel": "auto"}`` takes back all of the layout that the recipe names.
         """
         tree = self.model_dump(mode="json")
         for key, value in changes.items():
@@ -170,6 +185,9 @@ class Recipe(Section):
                 else:
                     raise RecipeError(f"'{key}' is no key of a recipe: {nearest(key, _keys(type(self)))}")
             value = yaml.safe_load(value) if isinstance(value, str) else value
+            if key == "parallel" and value == "auto":  # what the planner chooses is no longer given
+                value = {"auto": True}
+                tree["schedule"]["micro_rows"], tree["model"]["checkpointing"] = None, "none"
             leaf: Any = parts[-1]
             if isinstance(node, list):
                 if not (leaf.isdigit() and int(leaf) < len(node)):
@@ -207,6 +225,11 @@ class Recipe(Section):
         Raises:
             LayoutError: ranks, batch and rows do not divide; the message names the knob.
         """
+        if self.parallel.auto:
+            raise LayoutError(
+                "parallel is auto, and nothing has chosen a layout yet: launch the run, or write one with "
+                "lab plan RECIPE --write FILE."
+            )
         world = self.cluster.world_size if world_size is None else world_size
         parallel, rows, T = self.parallel, self.rows_per_step, self.data.row_tokens
         if world % parallel.pp:

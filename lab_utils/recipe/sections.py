@@ -108,6 +108,13 @@ class OptimSection(Section):
 
 
 class ParallelSection(Section):
+    """Degrees, or ``parallel: auto``: the planner's choice for ``cluster.profile``, made when the run is launched."""
+
+    auto: bool = Field(
+        False,
+        description="The planner chooses all of this section, schedule.micro_rows and model.checkpointing when the run "
+        "is launched: the fastest layout that fits cluster.profile (in YAML also parallel: auto).",
+    )
     dp: int | None = Field(
         None, ge=1, description="Data-parallel degree: ranks with rows of their own; absent: every rank."
     )
@@ -134,6 +141,25 @@ class ParallelSection(Section):
     offload: bool = Field(
         False, description="Keep master weights and optimizer state in host memory, and update them there."
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _in_a_word(cls, given: Any) -> Any:
+        return {"auto": True} if given == "auto" else given
+
+    @model_validator(mode="after")
+    def _is_chosen_or_given(self) -> ParallelSection:
+        given = [
+            name
+            for name in ("dp", "cp", "ep", "pp", "virtual_stages", "offload")
+            if getattr(self, name) != type(self).model_fields[name].default
+        ]
+        if self.auto and given:
+            raise ValueError(
+                f"parallel.auto leaves the layout to the planner, and parallel.{given[0]} is "
+                f"{getattr(self, given[0])}: give one of the two"
+            )
+        return self
 
 
 class ScheduleSection(Section):
@@ -165,6 +191,11 @@ class ScheduleSection(Section):
 class ClusterSection(Section):
     accelerator: Literal["auto", "cpu", "cuda", "npu"] = Field(
         "auto", description="Device kind; auto = best found."
+    )
+    profile: str | None = Field(
+        None,
+        description="Cluster that parallel.auto plans for: a name (lab plan --clusters) or a YAML file; absent: the "
+        "usual one of the accelerator, and for CPUs what lab doctor --measure wrote.",
     )
     launcher: str = Field("local", description="How the job is started: a member of lab_utils/launchers.")
     nodes: int = Field(1, ge=1, description="Machines that the job runs on; more than one needs a scheduler.")

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from lab_utils.errors import RunError
 from lab_utils.launchers._base import JobInfo, Launcher, get_launcher
+from lab_utils.planner.auto import chosen
 from lab_utils.recipe import Recipe
 from lab_utils.runs import notes, provenance
 from lab_utils.runs.checks import preflight
@@ -275,11 +276,12 @@ class Run:
             )
         recipe = self.recipe.with_changes(changes or {})
         for key in changes or {}:
-            if not key.startswith(RESUMABLE):
+            if not f"{key}.".startswith(RESUMABLE):
                 raise RunError(
                     f"{key} changes what {self.name} computes, and a resumed run stays what it is: leave it out, or "
                     f"start a new run with --set model.source=CHECKPOINT/model, a folder of {self.path}/checkpoints."
                 )
+        recipe = chosen(recipe)
         preflight(recipe, self.path.parent)
         if changes:
             self.directory.replace_recipe(recipe)
@@ -297,7 +299,7 @@ def _submit(directory: RunDirectory, recipe: Recipe) -> None:
 
 
 def launch(recipe: Recipe | str | Path, *, root: str | Path | None = None, wait: bool = False) -> Run:
-    """Check everything, make the run directory, start the job.
+    """Choose the layout where ``parallel`` is ``auto``, check everything, make the run directory, start the job.
 
     Args:
         recipe: a recipe, the name of one, or a YAML file.
@@ -309,8 +311,7 @@ def launch(recipe: Recipe | str | Path, *, root: str | Path | None = None, wait:
         DataError: a manifest or file is missing or not what it should be.
         RunError: no room on the disk, or the job could not be started.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
+    recipe = chosen(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe))
     root = Path(root) if root is not None else default_root()
     get_launcher(recipe.cluster.launcher)
     preflight(recipe, root)
@@ -329,8 +330,7 @@ def finished(recipe: Recipe | str | Path, *, root: str | Path | None = None) -> 
     Raises:
         LabError: see ``launch`` and ``Run.wait``.
     """
-    if not isinstance(recipe, Recipe):
-        recipe = Recipe.load(recipe)
+    recipe = chosen(recipe if isinstance(recipe, Recipe) else Recipe.load(recipe))
     for run in list_runs(root):
         if run.recipe.hash == recipe.hash and run.state == "succeeded" and run.directory.checkpoints():
             return run

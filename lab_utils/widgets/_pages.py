@@ -260,8 +260,9 @@ class Pages:
 
     def _script(self, recipe: Recipe) -> Shown:
         from lab_utils.launchers._base import preview
+        from lab_utils.planner.auto import chosen
 
-        return Shown(pictures.script(preview(recipe, self._root())))
+        return Shown(pictures.script(preview(chosen(recipe), self._root())))
 
     def _difference(self, recipe: Recipe) -> Shown:
         name, base = self._base()

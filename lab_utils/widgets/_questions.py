@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lab_utils.errors import LabError, LayoutError
+from lab_utils.errors import LabError
 from lab_utils.recipe import Recipe
 
 CUT = 6000  # characters of a row that are shown
@@ -16,8 +16,10 @@ def plan(recipe: Recipe) -> dict[str, Any]:
     """The estimate, whether it fits, and what to turn."""
     from dataclasses import asdict
 
+    from lab_utils.planner.auto import chosen
     from lab_utils.planner.estimate import estimate, knobs
 
+    recipe = chosen(recipe)
     found = estimate(recipe)
     derived = {name: getattr(found, name) for name in ("total_seconds", "device_hours", "state_gib", "fits")}
     return {"estimate": asdict(found) | derived, "knobs": knobs(recipe, found)}
@@ -27,12 +29,15 @@ def planned(recipe: Recipe, cluster: str) -> dict[str, Any]:
     """What the recipe's own layout needs and takes on a cluster, and what one change would give."""
     from lab_utils.planner.advice import advice
     from lab_utils.planner.assumptions import Assumptions
+    from lab_utils.planner.auto import fastest
     from lab_utils.planner.cluster import find
     from lab_utils.planner.plan import out_of_memory
     from lab_utils.planner.search import evaluate
     from lab_utils.planner.timing import GROUPS
 
     where, ranks, assumed = find(cluster), recipe.cluster.world_size, Assumptions()
+    if recipe.parallel.auto:
+        recipe = recipe.with_changes(fastest(recipe, where, ranks))
     found = evaluate(recipe, where, ranks, assumed)
     return found.as_dict() | {
         "name": found.name,
@@ -49,22 +54,10 @@ def planned(recipe: Recipe, cluster: str) -> dict[str, Any]:
 
 def layout(recipe: Recipe, cluster: str) -> dict[str, Any]:
     """Of all layouts of the recipe's ranks on a cluster the fastest that fits, as changes of the recipe."""
-    from lab_utils.planner.assumptions import Assumptions
+    from lab_utils.planner.auto import fastest
     from lab_utils.planner.cluster import find
-    from lab_utils.planner.plan import Plan
-    from lab_utils.planner.search import search
 
-    where, ranks, assumed = find(cluster), recipe.cluster.world_size, Assumptions()
-    found = search(recipe, where, ranks, assumed)
-    if found.best is None:
-        chips = max(1, ranks // where.devices_per_chip)
-        raise LayoutError(" ".join(Plan(recipe, where, chips, assumed, found).knobs()))
-    best = found.best.recipe
-    return {
-        "parallel": best.parallel.model_dump(mode="json"),
-        "schedule.micro_rows": found.best.placed.micro_rows,
-        "model.checkpointing": best.model.checkpointing,
-    }
+    return fastest(recipe, find(cluster), recipe.cluster.world_size)
 
 
 def looks(recipe: Recipe) -> list[list[str]]:
@@ -132,8 +125,10 @@ def checks(recipe: Recipe, root: str) -> list[dict[str, Any]]:
     """Every check before a start."""
     from dataclasses import asdict
 
+    from lab_utils.planner.auto import chosen
     from lab_utils.runs.checklist import checklist
 
+    recipe = chosen(recipe)
     return [asdict(check) for check in checklist(recipe, Path(root))]
 
 

@@ -161,7 +161,8 @@ class Sheet:
             return
         self._recipe = Recipe.parse(tree)
         try:
-            self._recipe.layout()
+            if not self._recipe.parallel.auto:  # the planner looks for one that divides
+                self._recipe.layout()
             options_of(self._recipe)
         except LabError as error:
             self.refuse(error)

@@ -342,3 +342,24 @@ def test_weights_that_are_not_there_are_refused_before_the_start(recipe, changes
     with pytest.raises(RecipeError, match=says):
         checks.check_sources(recipe.with_changes(changes))
     checks.check_sources(recipe.with_changes({"model.source": "base:tiny"}))
+
+
+def test_a_layout_that_is_left_to_the_planner_is_chosen_before_the_run_is_made(tmp_path, recipe, monkeypatch):
+    """The run directory holds the layout itself: what is resumed or compared later is what ran."""
+    from lab_utils.planner.auto import chosen
+    from lab_utils.planner.own import machines
+
+    profile = tmp_path / "cores.yaml"
+    profile.write_text(yaml.safe_dump(machines()[0]["cluster"]))
+    started = []
+    monkeypatch.setattr(api, "_submit", lambda directory, recipe: started.append(recipe))
+    monkeypatch.setattr(api, "preflight", lambda recipe, root: recipe.layout())
+    monkeypatch.setattr(provenance, "data_hashes", lambda recipe: {})
+    open_ = recipe.with_changes({"parallel": "auto", "cluster.profile": str(profile)})
+    run = launch(open_, root=tmp_path)
+    assert started == [run.recipe] and run.recipe == chosen(open_) and not run.recipe.parallel.auto
+    assert run.recipe.layout()[0] in (1, 2) and run.recipe.parallel.dp is not None
+
+    run.directory.write_status(state="failed", step=5)
+    run.resume({"parallel": "auto"})
+    assert started[-1] == run.recipe and not run.recipe.parallel.auto

@@ -342,6 +342,7 @@ def test_the_planner_answers_a_form_in_the_process_beside_the_kernel():
     changes = _questions.layout(recipe, "ascend-910c")
     best = _questions.planned(recipe.with_changes(changes), "ascend-910c")
     assert best["fits"] and best["step_s"] <= found["step_s"]
+    assert _questions.planned(recipe.with_changes({"parallel": "auto"}), "ascend-910c") == best
     with pytest.raises(LabError, match="Nothing fits"):
         _questions.layout(
             recipe.with_changes({"cluster.nodes": 8, "schedule.batch_tokens": 1024 * 4096}), "ascend-910c"

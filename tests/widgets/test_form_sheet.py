@@ -116,6 +116,8 @@ def test_what_is_typed_means_what_a_person_expects(key, typed, value):
         ({"cluster.nproc": "3"}, "schedule.batch_tokens", "multiple of 1536, or change cluster.nproc"),
         ({"parallel.pp": "3"}, "parallel.pp", "does not divide 2 ranks"),
         ({"cluster.launcher": "slrum"}, "cluster.launcher", "no launcher 'slrum'"),
+        ({"parallel.auto": True, "parallel.ep": "2"}, "parallel.auto", "ep is 2: give one of the two"),
+        ({"parallel.auto": True, "schedule.micro_rows": "2"}, "parallel.auto", "chooses schedule.micro_rows"),
     ],
 )
 def test_a_mistake_is_one_sentence_at_its_field(changes, at, says):
@@ -140,6 +142,13 @@ def test_ranks_that_do_not_divide_are_a_recipe_that_cannot_be_launched():
     form = sheet()
     form.write("cluster.nproc", "3")
     assert form.message and form.recipe.cluster.nproc == 3
+
+
+def test_a_layout_that_the_planner_will_choose_need_not_divide_yet():
+    form = sheet()
+    form.write("cluster.nproc", "3")
+    form.write("parallel.auto", True)
+    assert form.message == "" and form.recipe.parallel.auto
 
 
 # -- fields that come and go ---------------------------------------------------------------------------
