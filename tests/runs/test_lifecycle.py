@@ -193,6 +193,8 @@ def test_the_verbs_follow_a_run_and_ctrl_c_saves_and_stops_it(stand_in, recipe, 
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        # Tests that a shell runs behind it ignore Ctrl-C, and what they start would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     root = Path(os.environ["ASCENT_RUNS"])
     until(lambda: list(root.glob("*/metrics.jsonl")))
