@@ -94,13 +94,9 @@ def bench_layout(
         stages = changes["parallel.pp"] * changes.get("parallel.virtual_stages", 1)
         if stages > layers and not layouts:
             continue  # of all layouts those that the model has layers for
-        settings = {
-            "model.dtype": dtype,
-            "optim.kind": optimizer,
-            "cluster.accelerator": accelerator,
-            **changes,
-        }
-        recipe = bench_recipe(source, rows, row_tokens, {"cluster.nproc": world, **settings})
+        machine = {"cluster.accelerator": accelerator, "cluster.nproc": world}
+        settings = {"model.dtype": dtype, "optim.kind": optimizer, **machine, **changes}
+        recipe = bench_recipe(source, rows, row_tokens, settings)
         recipe.layout(world)  # what does not fit is said before a job starts
         with tempfile.TemporaryDirectory() as folder:
             options = {

@@ -15,8 +15,8 @@ from lab_utils.planner.cluster import Cluster, find, usual
 from lab_utils.recipe import Recipe
 
 
-def chosen(recipe: Recipe) -> Recipe:
-    """The recipe with the fastest layout that fits the nodes and ranks of its cluster section.
+def chosen(recipe: Recipe, cluster: Cluster | None = None, ranks: int | None = None) -> Recipe:
+    """The recipe with the fastest layout that fits: its cluster section's nodes and ranks, or those given.
 
     Raises:
         RecipeError: the cluster is not known, or the planner doesn't know the model.
@@ -24,10 +24,10 @@ def chosen(recipe: Recipe) -> Recipe:
     """
     if not recipe.parallel.auto:
         return recipe
-    ranks = recipe.cluster.world_size
+    ranks = ranks or recipe.cluster.world_size
     if ranks == 1:  # nothing to choose, and no cluster to be known
         return recipe.with_changes({"parallel": {**recipe.parallel.model_dump(), "auto": False}})
-    return recipe.with_changes(fastest(recipe, profile_of(recipe), ranks))
+    return recipe.with_changes(fastest(recipe, cluster or profile_of(recipe), ranks))
 
 
 def fastest(recipe: Recipe, cluster: Cluster, ranks: int) -> dict[str, Any]:

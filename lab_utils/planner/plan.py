@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from lab_utils.errors import LayoutError
 from lab_utils.models.deepseek_v4 import counting
 from lab_utils.planner.assumptions import Assumptions
-from lab_utils.planner.auto import fastest
+from lab_utils.planner.auto import chosen
 from lab_utils.planner.cluster import Case, Cluster, find
 from lab_utils.planner.memory import TERMS
 from lab_utils.planner.numbers import numbers
@@ -256,9 +256,7 @@ def check(
     """
     where = find(cluster)
     ranks = where.devices(chips) if chips else recipe.cluster.world_size
-    if recipe.parallel.auto:
-        recipe = recipe.with_changes(fastest(recipe, where, ranks))
-    found = evaluate(recipe, where, ranks, assumed or Assumptions())
+    found = evaluate(chosen(recipe, where, ranks), where, ranks, assumed or Assumptions())
     if not found.fits:
         raise LayoutError(out_of_memory(found, where))
     return found

@@ -29,15 +29,14 @@ def planned(recipe: Recipe, cluster: str) -> dict[str, Any]:
     """What the recipe's own layout needs and takes on a cluster, and what one change would give."""
     from lab_utils.planner.advice import advice
     from lab_utils.planner.assumptions import Assumptions
-    from lab_utils.planner.auto import fastest
+    from lab_utils.planner.auto import chosen
     from lab_utils.planner.cluster import find
     from lab_utils.planner.plan import out_of_memory
     from lab_utils.planner.search import evaluate
     from lab_utils.planner.timing import GROUPS
 
     where, ranks, assumed = find(cluster), recipe.cluster.world_size, Assumptions()
-    if recipe.parallel.auto:
-        recipe = recipe.with_changes(fastest(recipe, where, ranks))
+    recipe = chosen(recipe, where, ranks)
     found = evaluate(recipe, where, ranks, assumed)
     return found.as_dict() | {
         "name": found.name,
